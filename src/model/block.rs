@@ -1,0 +1,313 @@
+//! The skeleton all generations share: `emb → ln0 → [ln1 → mixer 1 → residual; ln2 → mixer 2 → residual] × L → ln_out → head`.
+
+use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Tensor};
+
+use super::kernels::{Shared, Weight};
+use super::linear::{self, LayerNorm, Linear, Orientation, floats, floats_mut};
+use super::pool::Pool;
+use super::weights::Loader;
+use super::workspace::Workspace;
+use super::{ARITHMETIC, Error};
+use crate::types::{Row, Segment, SegmentData, Want};
+
+/// Half of a block: reads its share of a sequence's state and the tokens before, gives what is added to the residual.
+pub trait Mixer: Send {
+    /// The state it keeps for each sequence, in the order in which `forward` asks for it.
+    fn segments(&self) -> Vec<Segment>;
+
+    /// `x [N, C]` (normalised) → `[N, C]`, in a scratch buffer.
+    fn forward(&self, x: &Tensor, step: &mut Step, carry: &mut Carry) -> Result<Tensor, Error>;
+}
+
+/// What one layer hands on to later ones within a step.
+#[derive(Default)]
+pub struct Carry {
+    /// The first layer's value, `[N, C]` (v7's value residual).
+    pub first_value: Option<Tensor>,
+}
+
+/// One step as a mixer sees it.
+pub struct Step<'a> {
+    pub rows: &'a [Row],
+    /// For each token, the slot to read its predecessor from, when the token is the first of a row.
+    pub first: &'a [Option<u32>],
+    pub work: &'a mut Workspace,
+    pool: &'a mut Pool,
+    /// Index of the mixer's first segment in the pool.
+    base: usize,
+}
+
+impl Step<'_> {
+    /// The slots of the mixer's `n`-th segment, and the width of one.
+    pub fn segment(&mut self, n: usize) -> (Shared, usize) {
+        self.pool.shared(self.base + n)
+    }
+
+    /// Tokens in the step.
+    pub fn tokens(&self) -> usize {
+        self.first.len()
+    }
+}
+
+/// `out [mixes, N, C]` = the token shift of `x [N, C]` with each of the `mixes` (`[mixes, C]`); what the next step needs of
+/// `x` goes into the mixer's `segment`-th state segment (`[C]`).
+pub fn token_shift(x: &Tensor, mixes: &[f32], segment: usize, step: &mut Step) -> Result<Tensor, Error> {
+    let (tokens, width) = x.dims2()?;
+    let out = step.work.scratch((mixes.len() / width, tokens, width))?;
+    let (state, _) = step.segment(segment);
+    out.inplace_op2(x, &TokenShift { mixes, width, state, rows: step.rows, first: step.first })?;
+    Ok(out)
+}
+
+struct TokenShift<'a> {
+    mixes: &'a [f32],
+    width: usize,
+    state: Shared,
+    rows: &'a [Row],
+    first: &'a [Option<u32>],
+}
+
+impl InplaceOp2 for TokenShift<'_> {
+    fn name(&self) -> &'static str {
+        "token shift"
+    }
+    fn cpu_fwd(
+        &self,
+        out: &mut CpuStorage,
+        out_l: &Layout,
+        x: &CpuStorage, x_l: &Layout,
+    ) -> candle_core::Result<()> {
+        let (x, out, width) = (floats(x, x_l)?, floats_mut(out, out_l)?, self.width);
+        let previous = |token: usize| -> &[f32] {
+            match self.first[token] {
+                // SAFETY: slots are only read here; they are written below, after all tokens are done.
+                Some(slot) => unsafe { self.state.part(slot as usize * width, width) },
+                None => &x[(token - 1) * width..][..width],
+            }
+        };
+        super::kernels::token_shift(x, self.mixes, width, previous, out);
+        for row in self.rows {
+            // SAFETY: one row at a time, nothing else is alive.
+            let kept = unsafe { self.state.part(row.into.0 as usize * width, width) };
+            kept.copy_from_slice(&x[(row.tokens.end - 1) * width..][..width]);
+        }
+        Ok(())
+    }
+}
+
+/// Generation, sizes and identity of a loaded model.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// `v7`, …
+    pub generation: &'static str,
+    pub layers: usize,
+    pub width: usize,
+    pub vocabulary: usize,
+    pub parameters: u64,
+    pub fingerprint: String,
+    pub arithmetic: &'static str,
+    /// Bytes of one sequence's state.
+    pub state_bytes: u64,
+}
+
+struct Block {
+    ln1: LayerNorm,
+    mixer1: Box<dyn Mixer>,
+    ln2: LayerNorm,
+    mixer2: Box<dyn Mixer>,
+}
+
+/// A loaded model of any generation.
+pub struct Model {
+    description: Description,
+    /// `[V, C]`, in its stored type; ln0 is applied as tokens are looked up, in f32.
+    embedding: Weight,
+    ln0: LayerNorm,
+    blocks: Vec<Block>,
+    ln_out: LayerNorm,
+    head: Linear,
+    segments: Vec<Segment>,
+    initial: Vec<SegmentData>,
+    work: Workspace,
+}
+
+/// Makes the two mixers of layer `n`.
+pub type MakeMixers<'a> = &'a dyn Fn(&Loader, usize) -> Result<(Box<dyn Mixer>, Box<dyn Mixer>), Error>;
+
+impl Model {
+    /// Loads the skeleton's tensors, and each layer's mixers through `mixers`.
+    pub(super) fn new(loader: &Loader, mut description: Description, mixers: MakeMixers) -> Result<Self, Error> {
+        let (width, vocabulary) = (description.width, description.vocabulary);
+        let norm = |name: &str| -> Result<LayerNorm, Error> {
+            Ok(LayerNorm {
+                weight: loader.values(&format!("{name}.weight"), &[width])?,
+                bias: loader.values(&format!("{name}.bias"), &[width])?,
+            })
+        };
+        let embedding = loader.table("emb.weight", vocabulary, width)?;
+        let ln0 = norm("blocks.0.ln0")?;
+        let mut blocks = Vec::new();
+        let mut segments = Vec::new();
+        for layer in 0..description.layers {
+            let (mixer1, mixer2) = mixers(loader, layer)?;
+            segments.extend(mixer1.segments());
+            segments.extend(mixer2.segments());
+            let (ln1, ln2) = (norm(&format!("blocks.{layer}.ln1"))?, norm(&format!("blocks.{layer}.ln2"))?);
+            blocks.push(Block { ln1, mixer1, ln2, mixer2 });
+        }
+        let ln_out = norm("ln_out")?;
+        let head = loader.linear("head.weight", vocabulary, width, Orientation::OutIn)?;
+        description.state_bytes =
+            segments.iter().map(|Segment::Fixed { shape, .. }| 4 * shape.iter().product::<usize>() as u64).sum();
+        description.arithmetic = ARITHMETIC;
+        let (initial, work) = (Vec::new(), Workspace::default());
+        Ok(Self { description, embedding, ln0, blocks, ln_out, head, segments, initial, work })
+    }
+
+    pub fn description(&self) -> &Description {
+        &self.description
+    }
+
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// The state a fresh sequence starts from, where it is not the segments' own `init`.
+    pub(super) fn set_initial(&mut self, initial: Vec<SegmentData>) {
+        self.initial = initial;
+    }
+
+    /// A pool of `slots` states of this model.
+    pub fn pool(&self, slots: usize) -> Result<Pool, Error> {
+        Pool::new(&self.segments, &self.initial, slots)
+    }
+
+    /// Runs one step: reads and writes the rows' slots of `pool`, and appends the logits that rows want to `logits`,
+    /// `[V]` each, in the order of rows and tokens.
+    ///
+    /// # Errors
+    /// [`Error::TokenRange`], [`Error::Step`] before anything is changed. After any other error the written slots hold
+    /// nothing of use.
+    pub fn step(&mut self, pool: &mut Pool, ids: &[u32], rows: &[Row], logits: &mut Vec<f32>) -> Result<(), Error> {
+        let (first, wanted) = self.check(pool, ids, rows)?;
+        let (tokens, width) = (ids.len(), self.description.width);
+        self.work.release_all();
+
+        // 1. x = ln0(emb[ids])
+        let x = self.work.held((tokens, width))?;
+        x.inplace_op1(&Embed { ids, table: &self.embedding, ln0: &self.ln0, width })?;
+        let normed = self.work.held((tokens, width))?;
+
+        // 2. the blocks
+        let mut carry = Carry::default();
+        let mut base = 0;
+        for block in &self.blocks {
+            for (norm, mixer) in [(&block.ln1, &block.mixer1), (&block.ln2, &block.mixer2)] {
+                norm.forward(&x, &normed)?;
+                let mut step = Step { rows, first: &first, work: &mut self.work, pool, base };
+                let y = mixer.forward(&normed, &mut step, &mut carry)?;
+                linear::add(&x, &y)?;
+                self.work.release_scratch();
+                base += mixer.segments().len();
+            }
+        }
+
+        // 3. logits = head(ln_out(x)), where wanted
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let last = self.work.held((wanted.len(), width))?;
+        last.inplace_op2(&x, &Gather { rows: &wanted, width })?;
+        let last_normed = self.work.held((wanted.len(), width))?;
+        self.ln_out.forward(&last, &last_normed)?;
+        let out = self.work.held((wanted.len(), self.head.outputs()))?;
+        self.head.forward(&last_normed, &out)?;
+        let (storage, layout) = out.storage_and_layout();
+        if let candle_core::Storage::Cpu(storage) = &*storage {
+            logits.extend_from_slice(floats(storage, layout)?);
+        }
+        Ok(())
+    }
+
+    /// Checks the contract of a step; gives each token's predecessor slot and the tokens whose logits are wanted.
+    #[allow(clippy::type_complexity)]
+    fn check(&self, pool: &Pool, ids: &[u32], rows: &[Row]) -> Result<(Vec<Option<u32>>, Vec<usize>), Error> {
+        let vocabulary = self.description.vocabulary;
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
+            return Err(Error::TokenRange { id, vocabulary });
+        }
+        let mut first = vec![None; ids.len()];
+        let mut wanted = Vec::new();
+        let mut at = 0;
+        for row in rows {
+            if row.tokens.start != at || row.tokens.is_empty() || row.tokens.end > ids.len() {
+                return Err(Error::Step(format!("row {row:?} does not go on at token {at} of {}", ids.len())));
+            }
+            if row.from.0 as usize >= pool.slots() || row.into.0 as usize >= pool.slots() {
+                return Err(Error::Step(format!("row {row:?} names a slot outside the pool of {}", pool.slots())));
+            }
+            at = row.tokens.end;
+            first[row.tokens.start] = Some(row.from.0);
+            match row.want {
+                Want::Nothing => {}
+                Want::Last => wanted.push(row.tokens.end - 1),
+                Want::All => wanted.extend(row.tokens.clone()),
+            }
+        }
+        if at != ids.len() {
+            return Err(Error::Step(format!("{} tokens belong to no row", ids.len() - at)));
+        }
+        let mut written: Vec<_> = rows.iter().map(|r| r.into).collect();
+        written.sort_unstable();
+        let twice = written.windows(2).any(|w| w[0] == w[1]);
+        if twice || rows.iter().any(|r| r.from != r.into && written.binary_search(&r.from).is_ok()) {
+            return Err(Error::Step("a slot that one row writes is used by another".into()));
+        }
+        Ok((first, wanted))
+    }
+}
+
+struct Embed<'a> {
+    ids: &'a [u32],
+    table: &'a Weight,
+    ln0: &'a LayerNorm,
+    width: usize,
+}
+
+impl InplaceOp1 for Embed<'_> {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+    fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout) -> candle_core::Result<()> {
+        let out = floats_mut(out, out_l)?;
+        let mut raw = vec![0f32; self.width];
+        for (&id, out) in self.ids.iter().zip(out.chunks_exact_mut(self.width)) {
+            self.table.row(id as usize, &mut raw);
+            self.ln0.rows(&raw, out);
+        }
+        Ok(())
+    }
+}
+
+struct Gather<'a> {
+    rows: &'a [usize],
+    width: usize,
+}
+
+impl InplaceOp2 for Gather<'_> {
+    fn name(&self) -> &'static str {
+        "gather"
+    }
+    fn cpu_fwd(
+        &self,
+        out: &mut CpuStorage,
+        out_l: &Layout,
+        x: &CpuStorage, x_l: &Layout,
+    ) -> candle_core::Result<()> {
+        let (x, out) = (floats(x, x_l)?, floats_mut(out, out_l)?);
+        for (&row, out) in self.rows.iter().zip(out.chunks_exact_mut(self.width)) {
+            out.copy_from_slice(&x[row * self.width..][..self.width]);
+        }
+        Ok(())
+    }
+}

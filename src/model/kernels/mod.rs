@@ -1,0 +1,218 @@
+//! CPU kernels: plain functions over slices, one fixed order of operations for every output element.
+//!
+//! Each kernel is written once over [`Arith`] and compiled twice: with AVX2, FMA and F16C, chosen at run time where the
+//! processor has them, and for the target's baseline. Within one of the two, no result depends on how many rows, rows of
+//! which sequences, or how many threads a call is for.
+
+mod elementwise;
+mod matmul;
+mod norm;
+mod weight;
+mod wkv7;
+
+pub use elementwise::{Activation, activate, add, token_shift};
+pub use matmul::{Panels, matmul};
+pub use norm::layer_norm;
+pub use weight::Weight;
+pub use wkv7::{HeadInputs, HeadParams, MAX_HEAD, wkv7_head};
+
+/// How `a · b + c` is rounded: once with FMA, twice without.
+pub trait Arith: Copy {
+    fn fma(a: f32, b: f32, c: f32) -> f32;
+}
+
+/// One rounding; fast only inside a function compiled with FMA.
+#[derive(Clone, Copy)]
+pub struct Fused;
+/// Two roundings, on any processor.
+#[derive(Clone, Copy)]
+pub struct Plain;
+
+impl Arith for Fused {
+    #[inline(always)]
+    fn fma(a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+}
+impl Arith for Plain {
+    #[inline(always)]
+    fn fma(a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
+}
+
+/// Whether the fast instruction set is there.
+pub fn fused() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Compiles one body for both instruction sets; the body may name the arithmetic `A`.
+macro_rules! kernel {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
+        $(#[$doc])*
+        $vis fn $name($($arg: $ty),*) {
+            #[inline(always)]
+            fn generic<A: $crate::model::kernels::Arith>($($arg: $ty),*) $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn fused($($arg: $ty),*) {
+                    generic::<$crate::model::kernels::Fused>($($arg),*)
+                }
+                if $crate::model::kernels::fused() {
+                    // SAFETY: the processor has these features.
+                    return unsafe { fused($($arg),*) };
+                }
+            }
+            generic::<$crate::model::kernels::Plain>($($arg),*)
+        }
+    };
+}
+use kernel;
+
+/// Lanes of the fixed order in which sums run: eight partial sums, added as a tree at the end.
+const LANES: usize = 8;
+
+#[inline(always)]
+fn tree(s: [f32; LANES]) -> f32 {
+    ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]))
+}
+
+/// `Σ a·b` in the fixed order.
+#[inline(always)]
+fn dot<A: Arith>(a: &[f32], b: &[f32]) -> f32 {
+    let mut s = [0f32; LANES];
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (b, b_rest) = b.as_chunks::<LANES>();
+    for (a, b) in a.iter().zip(b) {
+        for l in 0..LANES {
+            s[l] = A::fma(a[l], b[l], s[l]);
+        }
+    }
+    for (l, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
+        s[l] = A::fma(*a, *b, s[l]);
+    }
+    tree(s)
+}
+
+/// `Σ x` in the fixed order.
+#[inline(always)]
+fn sum(x: &[f32]) -> f32 {
+    let mut s = [0f32; LANES];
+    let (x, rest) = x.as_chunks::<LANES>();
+    for x in x {
+        for l in 0..LANES {
+            s[l] += x[l];
+        }
+    }
+    for (l, x) in rest.iter().enumerate() {
+        s[l] += x;
+    }
+    tree(s)
+}
+
+/// `Σ (x - mean)²` in the fixed order.
+#[inline(always)]
+fn square_deviations<A: Arith>(x: &[f32], mean: f32) -> f32 {
+    let mut s = [0f32; LANES];
+    let (x, rest) = x.as_chunks::<LANES>();
+    for x in x {
+        for l in 0..LANES {
+            let d = x[l] - mean;
+            s[l] = A::fma(d, d, s[l]);
+        }
+    }
+    for (l, x) in rest.iter().enumerate() {
+        let d = x - mean;
+        s[l] = A::fma(d, d, s[l]);
+    }
+    tree(s)
+}
+
+/// `eˣ` to about 1 ulp, written so that it vectorises: range reduction by ln 2, then a polynomial of degree 6
+/// (the coefficients are the Taylor series', good to 1 ulp on ±ln 2 / 2).
+#[inline(always)]
+fn exp<A: Arith>(x: f32) -> f32 {
+    // Outside, the scale below would leave the range of exponents; NaN passes through.
+    let x = if x > 88.0 { 88.0 } else { x };
+    let x = if x < -87.0 { -87.0 } else { x };
+    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    let r = A::fma(n, -0.693_359_4, x);
+    let r = A::fma(n, 2.121_944_4e-4, r);
+    let p = A::fma(r, 1.0 / 720.0, 1.0 / 120.0);
+    let p = A::fma(p, r, 1.0 / 24.0);
+    let p = A::fma(p, r, 1.0 / 6.0);
+    let p = A::fma(p, r, 0.5);
+    let p = A::fma(p, r, 1.0);
+    let p = A::fma(p, r, 1.0);
+    // SAFETY of the cast by value: |n| ≤ 128; NaN becomes 0 and stays NaN through p.
+    let scale = f32::from_bits((((n as i32) + 127) as u32) << 23);
+    p * scale
+}
+
+/// `1 / (1 + e⁻ˣ)`.
+#[inline(always)]
+fn sigmoid<A: Arith>(x: f32) -> f32 {
+    1.0 / (1.0 + exp::<A>(-x))
+}
+
+/// A pointer that tasks share to write disjoint parts of one buffer.
+#[derive(Clone, Copy)]
+pub struct Shared(*mut f32, usize);
+
+// SAFETY: `part` is the only access, and its callers promise disjointness.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    pub fn new(buffer: &mut [f32]) -> Self {
+        Self(buffer.as_mut_ptr(), buffer.len())
+    }
+
+    /// The part of `len` elements from `at`.
+    ///
+    /// # Safety
+    /// No other part that overlaps it may be alive, and the buffer must outlive it.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn part<'a>(&self, at: usize, len: usize) -> &'a mut [f32] {
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.1), "a part must lie inside its buffer");
+        // SAFETY: inside the buffer by the assertion; disjoint and alive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(at), len) }
+    }
+}
+
+/// Runs `task(0..tasks)` on the pool, or here when the whole is too small (`work` in multiply-adds) to be worth sharing.
+pub fn parallel(tasks: usize, work: usize, task: impl Fn(usize) + Sync + Send) {
+    use rayon::prelude::*;
+    const WORTH: usize = 1 << 16;
+    if work < WORTH || tasks < 2 {
+        (0..tasks).for_each(task);
+    } else {
+        (0..tasks).into_par_iter().for_each(task);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_everywhere() {
+        for i in -8700..=8800 {
+            let x = i as f32 / 100.0;
+            let exact = f64::from(x).exp();
+            for got in [exp::<Plain>(x), exp::<Fused>(x)] {
+                assert!((f64::from(got) - exact).abs() <= 3e-7 * exact, "exp({x}) = {got}, not {exact}");
+            }
+        }
+        assert!(exp::<Plain>(f32::NAN).is_nan());
+        assert_eq!(exp::<Plain>(0.0), 1.0);
+        assert!(exp::<Plain>(f32::NEG_INFINITY) < 1e-37);
+    }
+}

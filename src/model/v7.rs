@@ -1,0 +1,306 @@
+//! RWKV-7 "Goose" (x070).
+//!
+//! Tensor names and formulas are those of `RWKV_x070` in the `rwkv` package (BlinkDL/ChatRWKV,
+//! `rwkv_pip_package/src/rwkv/model.py`) and of BlinkDL/RWKV-LM, `RWKV-v7/rwkv_v7_demo.py`. C = width, H = heads, N = head size, T =
+//! tokens of the step, r = a low rank.
+
+use candle_core::{CpuStorage, InplaceOp3, Layout, Tensor};
+
+use super::Error;
+use super::block::{Carry, Mixer, Step, token_shift};
+use super::kernels::{Activation, HeadInputs, HeadParams, MAX_HEAD, Shared, parallel, wkv7_head};
+use super::linear::{self, Linear, Orientation, floats, floats_mut};
+use super::registry::{Generation, Sizes};
+use super::weights::Loader;
+use crate::types::{Row, Segment};
+
+pub const GENERATION: Generation = Generation {
+    name: "v7",
+    // r_k came with v7 and every v7 file has it.
+    detect: |checkpoint| checkpoint.shape("blocks.0.att.r_k").is_some(),
+    mixers: |loader, layer, sizes| {
+        Ok((Box::new(TimeMix::load(loader, layer, sizes)?), Box::new(ChannelMix::load(loader, layer, sizes)?)))
+    },
+    time_state: Some(time_state),
+};
+
+/// The segment that a state-tuned `time_state [H, N, N]` of a layer replaces; v7 uses it without transposing.
+fn time_state(layer: usize) -> String {
+    format!("blocks.{layer}.att.wkv")
+}
+
+/// `x · W1 → f → · W2`.
+struct LowRank {
+    down: Linear,
+    between: Option<Activation>,
+    up: Linear,
+}
+
+impl LowRank {
+    fn load(loader: &Loader, name: &str, width: usize, between: Option<Activation>) -> Result<Self, Error> {
+        let (_, rank) = loader.matrix_shape(&format!("{name}1"))?;
+        Ok(Self {
+            down: loader.linear(&format!("{name}1"), rank, width, Orientation::InOut)?,
+            between,
+            up: loader.linear(&format!("{name}2"), width, rank, Orientation::InOut)?,
+        })
+    }
+
+    /// `x [T, C]` → `out [T, C]`.
+    fn forward(&self, x: &Tensor, out: &Tensor, step: &mut Step) -> Result<(), Error> {
+        let hidden = step.work.scratch((step.tokens(), self.down.outputs()))?;
+        self.down.forward(x, &hidden)?;
+        if let Some(f) = self.between {
+            hidden.inplace_op1(&f)?;
+        }
+        Ok(self.up.forward(&hidden, out)?)
+    }
+}
+
+/// Attention's place in a block: the matrix-valued state.
+struct TimeMix {
+    layer: usize,
+    heads: usize,
+    head_size: usize,
+    /// `[6, C]`: x_r, x_w, x_k, x_v, x_a, x_g.
+    mixes: Vec<f32>,
+    receptance: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    w: LowRank,
+    a: LowRank,
+    /// Not in the first layer.
+    v: Option<LowRank>,
+    g: LowRank,
+    /// `[C]` each.
+    w0: Vec<f32>,
+    a0: Vec<f32>,
+    v0: Vec<f32>,
+    k_k: Vec<f32>,
+    k_a: Vec<f32>,
+    r_k: Vec<f32>,
+    ln_x_weight: Vec<f32>,
+    ln_x_bias: Vec<f32>,
+}
+
+/// Group norm of the read-out: 1e-5 times the square of the trainer's `head_size_divisor` of 8.
+const LN_X_EPS: f32 = 64e-5;
+
+impl TimeMix {
+    fn load(loader: &Loader, layer: usize, sizes: &Sizes) -> Result<Self, Error> {
+        let c = sizes.width;
+        let att = |name: &str| format!("blocks.{layer}.att.{name}");
+        let vector = |name: &str| loader.values(&att(name), &[c]);
+        let square = |name: &str| loader.linear(&att(name), c, c, Orientation::OutIn);
+        let (heads, head_size) = loader.matrix_shape(&att("r_k"))?;
+        if heads.checked_mul(head_size) != Some(c) || head_size > MAX_HEAD {
+            let expected = format!("[heads, head size] with a product of {c} and heads of at most {MAX_HEAD}");
+            return Err(Error::Shape { name: att("r_k"), found: vec![heads, head_size], expected });
+        }
+        let mut mixes = Vec::with_capacity(6 * c);
+        for name in ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g"] {
+            mixes.extend(vector(name)?);
+        }
+        // The first layer has no value to mix with; some files hold its unused v0, v1, v2 all the same.
+        let (v, v0) = if layer == 0 {
+            ["v0", "v1", "v2"].iter().for_each(|name| loader.allow(&att(name)));
+            (None, Vec::new())
+        } else {
+            (Some(LowRank::load(loader, &att("v"), c, None)?), vector("v0")?)
+        };
+        Ok(Self {
+            layer,
+            heads,
+            head_size,
+            mixes,
+            receptance: square("receptance.weight")?,
+            key: square("key.weight")?,
+            value: square("value.weight")?,
+            output: square("output.weight")?,
+            w: LowRank::load(loader, &att("w"), c, Some(Activation::Tanh))?,
+            a: LowRank::load(loader, &att("a"), c, None)?,
+            v,
+            g: LowRank::load(loader, &att("g"), c, Some(Activation::Sigmoid))?,
+            w0: vector("w0")?,
+            a0: vector("a0")?,
+            v0,
+            k_k: vector("k_k")?,
+            k_a: vector("k_a")?,
+            r_k: loader.values(&att("r_k"), &[heads, head_size])?,
+            ln_x_weight: vector("ln_x.weight")?,
+            ln_x_bias: vector("ln_x.bias")?,
+        })
+    }
+
+    /// Head `h`'s part of each parameter.
+    fn head(&self, h: usize) -> HeadParams<'_> {
+        let range = h * self.head_size..(h + 1) * self.head_size;
+        HeadParams {
+            w0: &self.w0[range.clone()],
+            a0: &self.a0[range.clone()],
+            v0: if self.v0.is_empty() { &[] } else { &self.v0[range.clone()] },
+            k_k: &self.k_k[range.clone()],
+            k_a: &self.k_a[range.clone()],
+            r_k: &self.r_k[range.clone()],
+            ln_x_weight: &self.ln_x_weight[range.clone()],
+            ln_x_bias: &self.ln_x_bias[range],
+            eps: LN_X_EPS,
+        }
+    }
+}
+
+impl Mixer for TimeMix {
+    fn segments(&self) -> Vec<Segment> {
+        let (layer, h, n) = (self.layer, self.heads, self.head_size);
+        vec![
+            Segment::Fixed { name: format!("blocks.{layer}.att.shift"), shape: vec![h * n], init: 0.0 },
+            Segment::Fixed { name: time_state(layer), shape: vec![h, n, n], init: 0.0 },
+        ]
+    }
+
+    fn forward(&self, x: &Tensor, step: &mut Step, carry: &mut Carry) -> Result<Tensor, Error> {
+        let (tokens, width) = x.dims2()?;
+        // 1. xr, xw, xk, xv, xa, xg = x + (x_prev - x) · mix
+        let mixed = token_shift(x, &self.mixes, 0, step)?;
+        let [xr, xw, xk, xv, xa, xg] = planes(&mixed)?;
+        // 2. the linear layers, each into its plane
+        let inputs = step.work.scratch((7, tokens, width))?;
+        let [r, w, k, v, a, g, vg] = planes(&inputs)?;
+        self.receptance.forward(&xr, &r)?;
+        self.w.forward(&xw, &w, step)?;
+        self.key.forward(&xk, &k)?;
+        self.value.forward(&xv, &v)?;
+        self.a.forward(&xa, &a, step)?;
+        self.g.forward(&xg, &g, step)?;
+        if let Some(gate) = &self.v {
+            gate.forward(&xv, &vg, step)?;
+        }
+        let first_value = match &carry.first_value {
+            Some(first) => first.clone(),
+            None => {
+                let first = step.work.held((tokens, width))?;
+                linear::copy(&first, &v)?;
+                carry.first_value.insert(first).clone()
+            }
+        };
+        // 3. the recurrence
+        let (state, _) = step.segment(1);
+        let y = step.work.scratch((tokens, width))?;
+        y.inplace_op3(&inputs, &first_value, &Wkv { mix: self, rows: step.rows, state })?;
+        // 4. the output layer
+        let out = step.work.scratch((tokens, width))?;
+        self.output.forward(&y, &out)?;
+        Ok(out)
+    }
+}
+
+/// Views of the `P` planes of a `[P, T, C]` tensor.
+fn planes<const P: usize>(tensor: &Tensor) -> Result<[Tensor; P], Error> {
+    let mut views = Vec::with_capacity(P);
+    for plane in 0..P {
+        views.push(tensor.get(plane)?);
+    }
+    views.try_into().map_err(|_| Error::Step(format!("{P} planes are not {:?}", tensor.shape())))
+}
+
+/// The recurrence of all heads over all rows: `inputs [7, T, C]` (r, w, k, v, a, g, value gate) → `[T, C]`.
+struct Wkv<'a> {
+    mix: &'a TimeMix,
+    rows: &'a [Row],
+    state: Shared,
+}
+
+impl InplaceOp3 for Wkv<'_> {
+    fn name(&self) -> &'static str {
+        "wkv7"
+    }
+    fn cpu_fwd(
+        &self,
+        out: &mut CpuStorage,
+        out_l: &Layout,
+        inputs: &CpuStorage,
+        inputs_l: &Layout,
+        first: &CpuStorage,
+        first_l: &Layout,
+    ) -> candle_core::Result<()> {
+        let (heads, n) = (self.mix.heads, self.mix.head_size);
+        let width = heads * n;
+        let (inputs, first) = (floats(inputs, inputs_l)?, floats(first, first_l)?);
+        let out = floats_mut(out, out_l)?;
+        let tokens = out.len() / width;
+        let shared = Shared::new(out);
+        parallel(self.rows.len() * heads, 4 * tokens * width * n, |task| {
+            let (row, h) = (&self.rows[task / heads], task % heads);
+            let slot = |slot: u32| (slot as usize * heads + h) * n * n;
+            // SAFETY: no two rows write one slot and no row reads a slot that another writes (checked by the step), and
+            // each task has its own head; `from` is read only before `state` is made when they are the same.
+            let state = unsafe { self.state.part(slot(row.into.0), n * n) };
+            if row.from != row.into {
+                // SAFETY: as above; a slot that is only read may be read by several rows.
+                state.copy_from_slice(unsafe { self.state.part(slot(row.from.0), n * n) });
+            }
+            let params = self.mix.head(h);
+            for token in row.tokens.clone() {
+                let at = token * width + h * n;
+                let input = |plane: usize| &inputs[plane * tokens * width + at..][..n];
+                let first_value = self.mix.v.is_some().then(|| (input(6), &first[at..][..n]));
+                let x = HeadInputs {
+                    r: input(0),
+                    w: input(1),
+                    k: input(2),
+                    v: input(3),
+                    a: input(4),
+                    g: input(5),
+                    first_value,
+                };
+                // SAFETY: one task for each (row, head), and rows do not share tokens.
+                wkv7_head(&x, &params, state, unsafe { shared.part(at, n) });
+            }
+        });
+        Ok(())
+    }
+}
+
+/// The feed-forward half: `relu(x · K)² · V`.
+struct ChannelMix {
+    layer: usize,
+    width: usize,
+    /// `[C]`.
+    x_k: Vec<f32>,
+    key: Linear,
+    value: Linear,
+}
+
+impl ChannelMix {
+    fn load(loader: &Loader, layer: usize, sizes: &Sizes) -> Result<Self, Error> {
+        let c = sizes.width;
+        let ffn = |name: &str| format!("blocks.{layer}.ffn.{name}");
+        let (inner, _) = loader.matrix_shape(&ffn("key.weight"))?;
+        Ok(Self {
+            layer,
+            width: c,
+            x_k: loader.values(&ffn("x_k"), &[c])?,
+            key: loader.linear(&ffn("key.weight"), inner, c, Orientation::OutIn)?,
+            value: loader.linear(&ffn("value.weight"), c, inner, Orientation::OutIn)?,
+        })
+    }
+}
+
+impl Mixer for ChannelMix {
+    fn segments(&self) -> Vec<Segment> {
+        let name = format!("blocks.{}.ffn.shift", self.layer);
+        vec![Segment::Fixed { name, shape: vec![self.width], init: 0.0 }]
+    }
+
+    fn forward(&self, x: &Tensor, step: &mut Step, _: &mut Carry) -> Result<Tensor, Error> {
+        let (tokens, width) = x.dims2()?;
+        let shifted = token_shift(x, &self.x_k, 0, step)?.get(0)?;
+        let inner = step.work.scratch((tokens, self.key.outputs()))?;
+        self.key.forward(&shifted, &inner)?;
+        inner.inplace_op1(&Activation::ReluSquared)?;
+        let out = step.work.scratch((tokens, width))?;
+        self.value.forward(&inner, &out)?;
+        Ok(out)
+    }
+}

@@ -1,0 +1,13 @@
+//! Plain data that every room may speak of: ids, sampling parameters, steps, snapshots, turns. No I/O, no tensors.
+
+mod ids;
+mod sampling;
+mod snapshot;
+mod step;
+mod turn;
+
+pub use ids::{IdError, SeqId, SessionId, SlotId, StateId, Tenant};
+pub use sampling::Sampling;
+pub use snapshot::{Memory, Pending, SegmentData, Snapshot, SnapshotHead, TAIL};
+pub use step::{Row, Segment, Want};
+pub use turn::{Finish, Message, Role, TurnRecord, TurnUsage};

@@ -1,0 +1,40 @@
+//! The unit of work of a model: rows of tokens of many sequences, laid end to end in one step.
+
+use std::ops::Range;
+
+use super::{SeqId, SlotId};
+
+/// One span of one sequence in a step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    pub seq: SeqId,
+    /// The slot whose state the span starts from.
+    pub from: SlotId,
+    /// The slot that holds the state after the span; equal to `from` for work in place. A slot written by one row
+    /// of a step is never read or written by another row of it.
+    pub into: SlotId,
+    /// Absolute position of the span's first token in its sequence.
+    pub at: u64,
+    /// Which of the step's ids are this span; never empty.
+    pub tokens: Range<usize>,
+    pub want: Want,
+}
+
+/// What a row wants to know of its span.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// Only the state.
+    Nothing,
+    /// The logits after the last token.
+    Last,
+    /// The logits after every token.
+    All,
+}
+
+/// A part of a sequence's state, declared by the mixer that owns it. Pool, codec and snapshots iterate over these and
+/// never ask for a model's generation.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Segment {
+    /// Constant size: `shape` f32 values, which start as `init` everywhere.
+    Fixed { name: String, shape: Vec<usize>, init: f32 },
+}

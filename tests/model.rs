@@ -1,0 +1,249 @@
+//! The four laws of every generation, on golden vectors of the original code.
+
+mod support;
+
+use std::collections::BTreeSet;
+
+use rewake::model::{Checkpoint, LoadOptions, Lora, Model, Pool, load};
+use rewake::types::{Row, SegmentData, SeqId, SlotId, Want};
+use support::vectors::{Case, cases};
+
+/// Runs tokens through one slot, in one step, and gives the logits after each.
+fn read(model: &mut Model, pool: &mut Pool, tokens: &[u32], from: u32, into: u32) -> Vec<Vec<f32>> {
+    let row = Row {
+        seq: SeqId(0),
+        from: SlotId(from),
+        into: SlotId(into),
+        at: 0,
+        tokens: 0..tokens.len(),
+        want: Want::All,
+    };
+    steps(model, pool, tokens, &[row])
+}
+
+fn steps(model: &mut Model, pool: &mut Pool, ids: &[u32], rows: &[Row]) -> Vec<Vec<f32>> {
+    let mut logits = Vec::new();
+    model.step(pool, ids, rows, &mut logits).expect("a step");
+    logits.chunks(model.description().vocabulary).map(<[f32]>::to_vec).collect()
+}
+
+fn models(case: &Case) -> Vec<(String, Model)> {
+    let at = |name: &str| case.folder.join(name);
+    let mut models = Vec::new();
+    for file in ["model.safetensors", "model.pth", "model_with_state.pth"] {
+        if !at(file).exists() {
+            continue;
+        }
+        let mut checkpoint = Checkpoint::open(&at(file)).expect("a checkpoint");
+        if let Some(alpha) = case.json["lora"]["alpha"].as_f64() {
+            let lora = Lora::open(&at("lora.safetensors"), Some(alpha as f32)).expect("a LoRA file");
+            checkpoint = checkpoint.with_lora(lora).expect("a fitting LoRA");
+        }
+        let beside = (at("state.safetensors").exists() && file != "model_with_state.pth")
+            .then(|| Checkpoint::open(&at("state.safetensors")).expect("a state file"));
+        let options = LoadOptions { initial_state: beside.as_ref(), ..LoadOptions::default() };
+        models.push((file.to_owned(), load(&checkpoint, &options).expect("a model")));
+    }
+    assert!(!models.is_empty(), "{} has a model", case.name());
+    models
+}
+
+fn flat(state: &[SegmentData]) -> Vec<u32> {
+    state.iter().flat_map(|s| s.data.iter().map(|v| v.to_bits())).collect()
+}
+
+fn bits(logits: &[Vec<f32>]) -> Vec<u32> {
+    logits.iter().flatten().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn parity_with_the_original_code() {
+    for case in cases("v7_").into_iter().chain(cases("_v7")) {
+        for (file, mut model) in models(&case) {
+            let name = format!("{}/{file}", case.name());
+            let d = model.description().clone();
+            assert_eq!(d.generation, case.json["version"], "{name}");
+            assert_eq!(d.layers as u64, case.json["n_layer"], "{name}");
+            assert_eq!(d.width as u64, case.json["n_embd"], "{name}");
+            assert_eq!(d.vocabulary as u64, case.json["vocab_size"], "{name}");
+
+            let mut pool = model.pool(1).expect("a pool");
+            pool.reset(SlotId(0));
+            let got = read(&mut model, &mut pool, &case.tokens, 0, 0);
+            assert_eq!(got.len(), case.logits.len());
+            let worst = got
+                .iter()
+                .flatten()
+                .zip(case.logits.iter().flatten())
+                .map(|(g, w)| (g - w).abs())
+                .fold(0f32, f32::max);
+            println!("{name}: largest error {:.2e} of the RMS", worst / case.rms());
+            assert!(worst <= 1e-4 * case.rms(), "{name}: {worst} of {}", case.rms());
+
+            let state = pool.snapshot(SlotId(0));
+            assert_eq!(state.len(), case.states.len(), "{name}");
+            for (got, want) in state.iter().zip(&case.states) {
+                assert_eq!(got.data.len(), want.len(), "{name} {}", got.name);
+                let worst = got.data.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0f32, f32::max);
+                assert!(worst <= 5e-3, "{name} {}: {worst}", got.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn chunk_law_any_split_of_a_prompt_gives_the_same_bits() {
+    for case in cases("v7_").into_iter().chain(cases("_v7")) {
+        let (_, mut model) = models(&case).remove(0);
+        let mut pool = model.pool(1).expect("a pool");
+        let mut run = |chunks: &[usize]| {
+            pool.reset(SlotId(0));
+            let mut left = case.tokens.as_slice();
+            let mut logits = Vec::new();
+            for &n in chunks.iter().chain([&usize::MAX]) {
+                let (chunk, rest) = left.split_at(n.min(left.len()));
+                left = rest;
+                if !chunk.is_empty() {
+                    logits.extend(read(&mut model, &mut pool, chunk, 0, 0));
+                }
+            }
+            (bits(&logits), flat(&pool.snapshot(SlotId(0))))
+        };
+        let whole = run(&[]);
+        assert!(whole == run(&case.chunks), "{} in its chunks", case.name());
+        assert!(whole == run(&vec![1; case.tokens.len()]), "{} token by token", case.name());
+        for size in [2, 7, 31] {
+            assert!(whole == run(&vec![size; case.tokens.len()]), "{} in chunks of {size}", case.name());
+        }
+    }
+}
+
+#[test]
+fn batch_law_a_sequence_does_not_feel_its_neighbours() {
+    for case in cases("v7_bf16") {
+        let (_, mut model) = models(&case).remove(0);
+        for batch in [3usize, 17, 64] {
+            let mut pool = model.pool(batch + 1).expect("a pool");
+            // Each sequence reads the same tokens from another place on; sequence 0 is also run alone.
+            let texts: Vec<Vec<u32>> = (0..batch)
+                .map(|i| case.tokens.iter().cycle().skip(i).take(9 + i % 5).copied().collect())
+                .collect();
+            let mut alone = Vec::new();
+            for text in &texts {
+                pool.reset(SlotId(0));
+                let logits = read(&mut model, &mut pool, text, 0, 0);
+                alone.push((bits(&logits[logits.len() - 1..]), flat(&pool.snapshot(SlotId(0)))));
+            }
+            (0..batch).for_each(|i| pool.reset(SlotId(i as u32)));
+            // Uneven pieces: every step takes another number of tokens from each.
+            let mut done = vec![0usize; batch];
+            let mut last = vec![Vec::new(); batch];
+            for round in 0.. {
+                let (mut ids, mut rows) = (Vec::new(), Vec::new());
+                for i in 0..batch {
+                    let n = ((round + i) % 4 + 1).min(texts[i].len() - done[i]);
+                    if n == 0 {
+                        continue;
+                    }
+                    let slot = SlotId(i as u32);
+                    let tokens = ids.len()..ids.len() + n;
+                    ids.extend(&texts[i][done[i]..done[i] + n]);
+                    let row = Row { seq: SeqId(i as u64), from: slot, into: slot, at: done[i] as u64, tokens, want: Want::Last };
+                    rows.push(row);
+                    done[i] += n;
+                }
+                if rows.is_empty() {
+                    break;
+                }
+                for (row, logits) in rows.iter().zip(steps(&mut model, &mut pool, &ids, &rows)) {
+                    last[row.seq.0 as usize] = logits;
+                }
+            }
+            for i in 0..batch {
+                let got = (bits(&last[i..=i]), flat(&pool.snapshot(SlotId(i as u32))));
+                assert!(got == alone[i], "{} sequence {i} of {batch}", case.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn snapshot_law_restoring_a_snapshot_is_the_identity() {
+    for case in cases("v7_").into_iter().chain(cases("_v7")) {
+        let (_, mut model) = models(&case).remove(0);
+        let mut pool = model.pool(4).expect("a pool");
+        (0..4).for_each(|s| pool.reset(SlotId(s)));
+        let (head, tail) = case.tokens.split_at(case.tokens.len() / 2);
+        read(&mut model, &mut pool, head, 0, 0);
+        let snapshot = pool.snapshot(SlotId(0));
+        pool.restore(SlotId(1), &snapshot).expect("its own snapshot fits");
+        pool.copy(SlotId(0), SlotId(3));
+        assert_eq!(flat(&pool.snapshot(SlotId(1))), flat(&snapshot));
+
+        // Reading one slot and writing another leaves the first as it was and computes the same.
+        let forked = read(&mut model, &mut pool, tail, 0, 2);
+        assert_eq!(flat(&pool.snapshot(SlotId(0))), flat(&snapshot), "{}", case.name());
+        let restored = read(&mut model, &mut pool, tail, 1, 1);
+        let copied = read(&mut model, &mut pool, tail, 3, 3);
+        let went_on = read(&mut model, &mut pool, tail, 0, 0);
+        for (other, slot) in [(forked, 2), (restored, 1), (copied, 3)] {
+            assert!(bits(&other) == bits(&went_on), "{} slot {slot}", case.name());
+            assert_eq!(flat(&pool.snapshot(SlotId(slot))), flat(&pool.snapshot(SlotId(0))));
+        }
+    }
+}
+
+#[test]
+fn a_foreign_snapshot_is_refused_and_changes_nothing() {
+    let case = cases("v7_bf16").remove(0);
+    let (_, model) = models(&case).remove(0);
+    let mut pool = model.pool(1).expect("a pool");
+    pool.reset(SlotId(0));
+    let good = pool.snapshot(SlotId(0));
+    let mut renamed = good.clone();
+    renamed[1].name = "blocks.9.att.wkv".into();
+    let mut short = good.clone();
+    short[1].data.pop();
+    for bad in [Vec::new(), good[1..].to_vec(), renamed, short] {
+        assert!(pool.restore(SlotId(0), &bad).is_err());
+        assert_eq!(flat(&pool.snapshot(SlotId(0))), flat(&good));
+    }
+}
+
+#[test]
+fn a_step_that_breaks_its_contract_is_refused() {
+    let case = cases("v7_bf16").remove(0);
+    let (_, mut model) = models(&case).remove(0);
+    let mut pool = model.pool(3).expect("a pool");
+    let row = |from, into, tokens| Row {
+        seq: SeqId(0),
+        from: SlotId(from),
+        into: SlotId(into),
+        at: 0,
+        tokens,
+        want: Want::Last,
+    };
+    let cases: [(&[u32], Vec<Row>); 8] = [
+        (&[9999], vec![row(0, 0, 0..1)]),
+        (&[1], vec![]),
+        (&[1], vec![row(0, 7, 0..1)]),
+        (&[1], vec![row(7, 0, 0..1)]),
+        (&[1, 2], vec![row(0, 0, 0..1), row(1, 0, 1..2)]),
+        (&[1, 2], vec![row(0, 0, 0..1), row(0, 1, 1..2)]),
+        (&[1, 2], vec![row(0, 0, 1..2)]),
+        (&[1, 2], vec![row(0, 0, 0..0), row(1, 1, 0..2)]),
+    ];
+    for (ids, rows) in cases {
+        assert!(model.step(&mut pool, ids, &rows, &mut Vec::new()).is_err(), "{ids:?} {rows:?}");
+    }
+}
+
+#[test]
+fn the_same_weights_have_the_same_fingerprint_in_any_container() {
+    for case in cases("v7_bf16") {
+        let prints: BTreeSet<_> = models(&case).iter().map(|(_, m)| m.description().fingerprint.clone()).collect();
+        assert_eq!(prints.len(), 1, "{}", case.name());
+    }
+    let of = |name: &str| models(&cases(name).remove(0))[0].1.description().fingerprint.clone();
+    assert_ne!(of("v7_bf16"), of("v7_lora_bf16"));
+}

@@ -1,0 +1,73 @@
+//! Golden vectors: small models with the logits the original code gives for them.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
+
+/// One folder of vectors.
+pub struct Case {
+    pub folder: PathBuf,
+    pub json: Value,
+    pub tokens: Vec<u32>,
+    pub chunks: Vec<usize>,
+    /// `[T, V]`.
+    pub logits: Vec<Vec<f32>>,
+    /// After the last token, in the file's order `state.0`, `state.1`, …
+    pub states: Vec<Vec<f32>>,
+}
+
+/// The cases that the repository carries, and the complete set where it stands beside the checkout.
+pub fn cases(prefix: &str) -> Vec<Case> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = Vec::new();
+    for folder in [root.join("tests/data"), root.join("../shared/vectors")] {
+        let Ok(entries) = std::fs::read_dir(&folder) else {
+            println!("skipped: {} is not there", folder.display());
+            continue;
+        };
+        let mut paths: Vec<_> = entries.map(|e| e.expect("a folder entry").path()).collect();
+        paths.sort();
+        let named = |p: &&PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().contains(prefix));
+        found.extend(paths.iter().filter(named).filter(|p| p.join("case.json").exists()).map(|p| Case::read(p)));
+    }
+    assert!(!found.is_empty(), "the repository carries cases of {prefix}");
+    found
+}
+
+impl Case {
+    fn read(folder: &Path) -> Self {
+        let json: Value = serde_json::from_slice(&std::fs::read(folder.join("case.json")).expect("case.json"))
+            .expect("case.json is JSON");
+        let ints = |key: &str| -> Vec<u64> {
+            json[key].as_array().expect("an array").iter().map(|v| v.as_u64().expect("a number")).collect()
+        };
+        let tensors = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu)
+            .expect("expected.safetensors");
+        let logits = tensors["logits"].to_vec2::<f32>().expect("logits [T, V]");
+        let state = |i: usize| tensors.get(&format!("state.{i:03}")).or_else(|| tensors.get(&format!("state.{i}")));
+        let states = (0..).map_while(state).map(flat).collect();
+        Self {
+            folder: folder.to_owned(),
+            tokens: ints("tokens").iter().map(|&t| t as u32).collect(),
+            chunks: ints("chunks").iter().map(|&n| n as usize).collect(),
+            logits,
+            states,
+            json,
+        }
+    }
+
+    pub fn name(&self) -> String {
+        self.folder.file_name().expect("a case has a folder").to_string_lossy().into_owned()
+    }
+
+    /// Root mean square of the expected logits, by which errors are judged.
+    pub fn rms(&self) -> f32 {
+        let all = self.logits.iter().flatten();
+        (all.clone().map(|v| v * v).sum::<f32>() / all.count() as f32).sqrt()
+    }
+}
+
+pub fn flat(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_dtype(DType::F32).and_then(|t| t.flatten_all()?.to_vec1()).expect("values")
+}
