@@ -1,0 +1,67 @@
+//! The seam between the loop and what computes.
+
+use std::sync::Arc;
+
+use crate::model::{self, Model, Pool};
+use crate::types::{Row, SegmentData, SlotId};
+
+/// Something that reads tokens into slots of state and gives logits.
+///
+/// What a row computes must depend on nothing but the row's slot and tokens. A failed [`step`](Backend::step) may leave
+/// the slots its rows write in any state, and no others.
+pub trait Backend: Send {
+    /// Logits of one position.
+    fn vocabulary(&self) -> usize;
+    /// How many slots there are.
+    fn slots(&self) -> usize;
+    /// Runs `rows` over `ids` and appends the logits they want, `[vocabulary]` each, in order.
+    fn step(&mut self, ids: &[u32], rows: &[Row], logits: &mut Vec<f32>) -> Result<(), String>;
+    /// Makes a slot a fresh sequence.
+    fn reset(&mut self, slot: SlotId);
+    /// Puts a snapshot's state into a slot.
+    fn restore(&mut self, slot: SlotId, state: &[SegmentData]) -> Result<(), String>;
+    /// Copies a slot's state out.
+    fn snapshot(&self, slot: SlotId) -> Vec<SegmentData>;
+    /// Makes one slot equal to another.
+    fn copy(&mut self, from: SlotId, into: SlotId);
+}
+
+/// A model with its pool, on the compute threads that all models share.
+pub struct ModelBackend {
+    model: Model,
+    pool: Pool,
+    threads: Arc<rayon::ThreadPool>,
+}
+
+impl ModelBackend {
+    /// Room for `slots` states of `model`.
+    pub fn new(model: Model, slots: usize, threads: Arc<rayon::ThreadPool>) -> Result<Self, model::Error> {
+        let pool = model.pool(slots)?;
+        Ok(Self { model, pool, threads })
+    }
+}
+
+impl Backend for ModelBackend {
+    fn vocabulary(&self) -> usize {
+        self.model.description().vocabulary
+    }
+    fn slots(&self) -> usize {
+        self.pool.slots()
+    }
+    fn step(&mut self, ids: &[u32], rows: &[Row], logits: &mut Vec<f32>) -> Result<(), String> {
+        let Self { model, pool, threads } = self;
+        threads.install(|| model.step(pool, ids, rows, logits)).map_err(|e| e.to_string())
+    }
+    fn reset(&mut self, slot: SlotId) {
+        self.pool.reset(slot);
+    }
+    fn restore(&mut self, slot: SlotId, state: &[SegmentData]) -> Result<(), String> {
+        self.pool.restore(slot, state).map_err(|e| e.to_string())
+    }
+    fn snapshot(&self, slot: SlotId) -> Vec<SegmentData> {
+        self.pool.snapshot(slot)
+    }
+    fn copy(&mut self, from: SlotId, into: SlotId) {
+        self.pool.copy(from, into);
+    }
+}

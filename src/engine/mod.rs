@@ -1,0 +1,168 @@
+//! L2: one thread, one loop for each model: plan → step → sample → commit.
+//!
+//! A [`Job`] goes in with everything it needs, its state included; [`Event`]s come out, the state to be kept included. The
+//! loop does no I/O. Dropping the receiver of a job's events cancels it within one step.
+
+mod backend;
+mod coin;
+mod response;
+mod run;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+use crate::scheduler::Limits;
+use crate::text::{Tokenizer, Trim};
+use crate::types::{Finish, Memory, Sampling, Tenant};
+
+pub use backend::{Backend, ModelBackend};
+
+/// Some choices of one prompt.
+#[derive(Clone, Debug)]
+pub struct Job {
+    pub tenant: Tenant,
+    /// Where it begins; `None` = a fresh sequence.
+    pub memory: Option<Arc<Memory>>,
+    /// What to read first; never empty. Begins with what is pending in `memory`.
+    pub ids: Vec<u32>,
+    /// Whether `ids` are `memory.pending.goes_on` and nothing else: the same response goes on.
+    pub goes_on: bool,
+    /// How many choices; 1 for a response that goes on.
+    pub choices: usize,
+    /// Index of the first choice among those of its prompt.
+    pub first_choice: usize,
+    pub sampling: Sampling,
+    pub stop: Vec<String>,
+    pub stop_tokens: Vec<u32>,
+    pub trim: Trim,
+    /// At least 1.
+    pub max_tokens: u64,
+    /// Whether [`Event::Done`] brings the state.
+    pub keep: bool,
+}
+
+impl Job {
+    /// Absolute position of the first of `ids`.
+    fn at(&self) -> u64 {
+        self.memory.as_ref().map_or(0, |m| m.consumed)
+    }
+}
+
+/// What a job reports.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Text to append to a choice (counted within the job); never empty.
+    Text { choice: usize, text: String },
+    /// A choice is complete.
+    Done { choice: usize, finish: Finish, sampled: u64, kept: Option<Box<Kept>> },
+    /// The job failed; nothing follows.
+    Failed(String),
+}
+
+/// What is kept of a response.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    pub memory: Memory,
+    /// The sequence's ids from the job's beginning on, as far as the client received the response: those read first, then
+    /// the answer's.
+    pub ids: Vec<u32>,
+}
+
+/// The queue is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the queue is full")]
+pub struct Full {
+    /// An estimate of when a place will be free.
+    pub retry_after: Duration,
+}
+
+/// A place in the engine, held until its job ends.
+#[derive(Debug)]
+pub struct Permit(#[allow(dead_code, reason = "its drop is what counts")] OwnedSemaphorePermit);
+
+struct Submission {
+    job: Job,
+    events: mpsc::UnboundedSender<Event>,
+    permit: Permit,
+}
+
+/// Gauges that the loop keeps up to date.
+#[derive(Debug, Default)]
+struct Gauges {
+    /// Milliseconds that a job took on average, lately.
+    job_millis: AtomicU64,
+}
+
+/// The way to one engine. The engine's thread ends when the handle is dropped.
+pub struct Handle {
+    inbox: Option<std::sync::mpsc::Sender<Submission>>,
+    places: Arc<Semaphore>,
+    capacity: usize,
+    gauges: Arc<Gauges>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Handle {
+    /// Starts the engine thread of one model. `backend` has two slots for each seat of `limits`.
+    ///
+    /// # Errors
+    /// When the operating system gives no thread.
+    pub fn start(name: &str, backend: impl Backend + 'static, text: Arc<dyn Tokenizer>, limits: Limits) -> std::io::Result<Self> {
+        assert!(backend.slots() >= 2 * limits.seats, "two slots for each seat");
+        let (inbox, arrivals) = std::sync::mpsc::channel();
+        let gauges = Arc::<Gauges>::default();
+        let engine = run::Engine::new(name, Box::new(backend), text, limits, gauges.clone());
+        let thread = std::thread::Builder::new().name(format!("engine {name}")).spawn(move || engine.run(&arrivals))?;
+        // A job needs at least one seat, so no more than `queue` of these can be waiting when all seats are taken; jobs
+        // of many choices wait in the same places.
+        let capacity = limits.queue + limits.seats;
+        Ok(Self {
+            inbox: Some(inbox),
+            places: Arc::new(Semaphore::new(capacity)),
+            capacity,
+            gauges,
+            thread: Some(thread),
+        })
+    }
+
+    /// Takes places for `jobs` jobs, all or none.
+    pub fn reserve(&self, jobs: usize) -> Result<Vec<Permit>, Full> {
+        let take = || self.places.clone().try_acquire_owned().map(Permit);
+        (0..jobs).map(|_| take()).collect::<Result<_, _>>().map_err(|_| Full { retry_after: self.retry_after() })
+    }
+
+    /// How many jobs can be in the engine at once: more are never accepted in one request.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Hands a job over.
+    pub fn submit(&self, job: Job, permit: Permit) -> mpsc::UnboundedReceiver<Event> {
+        let (events, receiver) = mpsc::unbounded_channel();
+        let inbox = self.inbox.as_ref().expect("the inbox lives as long as the handle");
+        if let Err(lost) = inbox.send(Submission { job, events, permit }) {
+            // The thread has ended; whoever listens hears it.
+            let _ = lost.0.events.send(Event::Failed("the engine has stopped".into()));
+        }
+        receiver
+    }
+
+    /// About as long as one job takes: one place is then likely free.
+    fn retry_after(&self) -> Duration {
+        Duration::from_millis(self.gauges.job_millis.load(Ordering::Relaxed).clamp(250, 30_000))
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        drop(self.inbox.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic of the engine was reported when it happened.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! One response while it is generated: which tokens it has, what of their text the client has, when it ends.
+
+use crate::sample::{self, Counts};
+use crate::text::{Output, Tokenizer};
+use crate::types::{Finish, Memory, Pending, Sampling, TAIL};
+
+use super::Job;
+use super::coin::coin;
+
+/// A response and all that sampling its next token depends on.
+///
+/// Its tokens are numbered from 0 at `start`, the absolute position where it began in this job. A response that goes on
+/// begins with the tokens an earlier job sampled and no state has read yet (`replayed`).
+#[derive(Clone)]
+pub struct Response {
+    sampling: Sampling,
+    stop_tokens: Vec<u32>,
+    choice: usize,
+    start: u64,
+    /// Sampled tokens, without an end token.
+    tokens: Vec<u32>,
+    replayed: usize,
+    /// How many the request asks for.
+    wanted: u64,
+    /// How many bytes the response has with each token.
+    ends: Vec<u64>,
+    /// Bytes of replayed tokens that the client already has, before those `output` has seen.
+    before: u64,
+    output: Output,
+    begun: bool,
+    /// What this job's rules let the client have of the text an earlier job held back.
+    primed: String,
+    counts: Counts,
+    /// Up to [`TAIL`] ids before the response, then its tokens.
+    recent: Vec<u32>,
+    /// The end token that ended it.
+    ended_by: Option<u32>,
+}
+
+/// What one more token means.
+pub struct Accepted {
+    /// To be sent now; may be empty.
+    pub text: String,
+    pub finish: Option<Finish>,
+}
+
+impl Response {
+    /// The response of `job`'s first choice, before its first new token.
+    pub fn new(job: &Job, text: &dyn Tokenizer) -> Self {
+        let none = Memory::default();
+        let memory = job.memory.as_deref().unwrap_or(&none);
+        let mut recent = memory.tail.clone();
+        let (mut tokens, mut ends, mut before) = (Vec::new(), Vec::new(), 0);
+        let (mut trim, mut unseen) = (job.trim, Vec::new());
+        if job.goes_on {
+            tokens.clone_from(&job.ids);
+            let bytes = text.decode(&tokens);
+            before = bytes.len() as u64 - u64::from(memory.pending.unseen).min(bytes.len() as u64);
+            unseen = bytes[before as usize..].to_vec();
+            let mut end = 0;
+            ends.extend(tokens.iter().map(|&id| {
+                end += text.token_bytes(id).len() as u64;
+                end
+            }));
+            trim.start &= !memory.pending.begun;
+        }
+        recent.extend(&job.ids);
+        let from = recent.len() - (recent.len() - tokens.len()).min(TAIL) - tokens.len();
+        recent.drain(..from);
+        let mut output = Output::new(&job.stop, trim);
+        // By the same rules as before it is held back again; with other stop strings it may be free now.
+        let primed = output.push(&unseen).text;
+        Self {
+            sampling: job.sampling.clone(),
+            stop_tokens: job.stop_tokens.clone(),
+            choice: job.first_choice,
+            start: job.at() + if job.goes_on { 0 } else { job.ids.len() as u64 },
+            replayed: tokens.len(),
+            tokens,
+            wanted: job.max_tokens,
+            ends,
+            before,
+            output,
+            begun: job.goes_on && memory.pending.begun,
+            primed,
+            counts: if job.goes_on { Counts::import(&memory.counts) } else { Counts::new() },
+            recent,
+            ended_by: None,
+        }
+    }
+
+    /// Whether a stop string ended it. So it is at once when it goes on from a text that ended with one.
+    pub fn over(&self) -> bool {
+        self.output.stopped()
+    }
+
+    /// Text to be sent before the first token; empty after it was taken once.
+    pub fn take_primed(&mut self) -> String {
+        std::mem::take(&mut self.primed)
+    }
+
+    /// The same for another choice.
+    pub fn for_choice(&self, choice: usize) -> Self {
+        Self { choice, ..self.clone() }
+    }
+
+    /// How many tokens it has, replayed ones included, an end token not.
+    pub fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Tokens that are new in this job, the end token included.
+    pub fn sampled(&self) -> u64 {
+        (self.tokens.len() - self.replayed) as u64 + u64::from(self.ended_by.is_some())
+    }
+
+    /// Chooses the next token.
+    pub fn sample(&self, logits: &mut [f32]) -> Result<u32, sample::Error> {
+        let tail = &self.recent[self.recent.len() - self.recent.len().min(TAIL)..];
+        let coin = coin(self.sampling.seed, self.choice, self.start + self.tokens.len() as u64);
+        sample::sample(logits, &self.sampling, &self.counts, tail, coin)
+    }
+
+    /// Takes the token that was chosen.
+    pub fn accept(&mut self, token: u32, text: &dyn Tokenizer) -> Accepted {
+        if self.stop_tokens.contains(&token) {
+            self.ended_by = Some(token);
+            return Accepted { text: self.output.finish(), finish: Some(Finish::Stop) };
+        }
+        let bytes = text.token_bytes(token);
+        self.tokens.push(token);
+        self.ends.push(self.ends.last().unwrap_or(&0) + bytes.len() as u64);
+        self.recent.push(token);
+        self.counts.add(token, self.sampling.penalty_decay);
+        let piece = self.output.push(bytes);
+        let finish = if piece.stopped {
+            Some(Finish::Stop)
+        } else {
+            (self.sampled() >= self.wanted).then_some(Finish::Length)
+        };
+        Accepted { text: piece.text, finish }
+    }
+
+    /// What is still held back, for a response that nobody can continue.
+    pub fn flush(&mut self) -> String {
+        self.output.finish()
+    }
+
+    /// Bytes of the response that the client has.
+    fn delivered(&self) -> u64 {
+        self.before + self.output.delivered()
+    }
+
+    /// How many tokens' text the client has to the last byte: a state to be kept must not have read more.
+    pub fn delivered_tokens(&self) -> usize {
+        let delivered = self.delivered();
+        self.ends.partition_point(|&end| end <= delivered)
+    }
+
+    /// The ids the sequence has beyond a state that has read `fed` tokens of the response.
+    ///
+    /// `fed` is at most [`delivered_tokens`](Self::delivered_tokens).
+    pub fn pending(&self, fed: usize, text: &dyn Tokenizer) -> Pending {
+        let (whole, delivered) = (self.delivered_tokens(), self.delivered());
+        let mut ends = self.tokens[fed..whole].to_vec();
+        if let Some(&cut) = self.tokens.get(whole) {
+            // The client has only the beginning of this token's text.
+            let from = whole.checked_sub(1).map_or(0, |last| self.ends[last]);
+            let seen = &text.token_bytes(cut)[..(delivered - from) as usize];
+            ends.extend(text.encode(&String::from_utf8_lossy(seen)));
+        }
+        let mut goes_on = self.tokens[fed..].to_vec();
+        goes_on.extend(self.ended_by);
+        let unseen = self.ends.last().map_or(0, |end| end - delivered) as u32;
+        Pending { ends, goes_on, unseen, begun: self.begun || self.output.begun() }
+    }
+
+    /// The last ids that a state which has read `fed` tokens of the response has read.
+    pub fn tail(&self, fed: usize) -> Vec<u32> {
+        let read = &self.recent[..self.recent.len() - (self.tokens.len() - fed)];
+        read[read.len() - read.len().min(TAIL)..].to_vec()
+    }
+
+    /// Absolute position after `fed` tokens of the response.
+    pub fn position(&self, fed: usize) -> u64 {
+        self.start + fed as u64
+    }
+
+    /// The token that no state has read yet.
+    pub fn last(&self) -> Option<u32> {
+        self.tokens.last().copied()
+    }
+
+    /// The first `fed` tokens.
+    pub fn fed(&self, fed: usize) -> &[u32] {
+        &self.tokens[..fed]
+    }
+
+    pub fn counts(&self) -> Vec<(u32, f32)> {
+        self.counts.export()
+    }
+}

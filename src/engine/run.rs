@@ -1,0 +1,368 @@
+//! The loop of one engine.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Instant;
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::response::Response;
+use super::{Backend, Event, Gauges, Job, Kept, Permit, Submission};
+use crate::scheduler::{JobId, Limits, Need, Next, Plan, Scheduler, Seat, Span};
+use crate::telemetry::{clock, metrics};
+use crate::text::Tokenizer;
+use crate::types::{Finish, Memory, Row, SeqId, SlotId, Want};
+
+/// Everything the engine thread owns.
+pub(super) struct Engine {
+    name: String,
+    backend: Box<dyn Backend>,
+    text: Arc<dyn Tokenizer>,
+    scheduler: Scheduler,
+    seats: usize,
+    jobs: BTreeMap<JobId, Live>,
+    next_job: u64,
+    gauges: Arc<Gauges>,
+    /// Of the step under way; kept so that no step allocates them.
+    ids: Vec<u32>,
+    logits: Vec<f32>,
+}
+
+/// A job in the engine, waiting or running.
+struct Live {
+    job: Job,
+    events: UnboundedSender<Event>,
+    _permit: Permit,
+    since: Instant,
+    seats: Vec<Seat>,
+    /// Where the prompt is read.
+    prompt: Place,
+    /// What every choice begins as.
+    response: Response,
+    /// Once the prompt is read; `None` = done.
+    choices: Vec<Option<Choice>>,
+}
+
+struct Choice {
+    response: Response,
+    place: Place,
+}
+
+/// Where a sequence's state is.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    current: SlotId,
+    /// How many tokens of the response `current` has read.
+    fed: usize,
+    /// An earlier state and how many tokens it has read: kept while text after it is held back, because a stop string
+    /// may yet take that text out of the response, and a recurrent state cannot unread.
+    anchor: Option<(SlotId, usize)>,
+    /// Other choices begin from `current` in the next step: it must not be written over in it.
+    shared: bool,
+}
+
+impl Place {
+    /// The slot the next step writes, of the two that are the sequence's own.
+    fn into(self, own: [SlotId; 2]) -> SlotId {
+        let keep = self.shared || self.anchor.is_some_and(|(slot, _)| slot == self.current);
+        if own.contains(&self.current) && !keep {
+            return self.current;
+        }
+        let kept = [Some(self.current), self.anchor.map(|(slot, _)| slot)];
+        own.into_iter().find(|&slot| !kept.contains(&Some(slot))).expect("one of two slots is not the anchor")
+    }
+}
+
+impl Engine {
+    pub fn new(name: &str, backend: Box<dyn Backend>, text: Arc<dyn Tokenizer>, limits: Limits, gauges: Arc<Gauges>) -> Self {
+        // The semaphore of the handle bounds the queue; a job that got its permit is never refused here.
+        let scheduler = Scheduler::new(Limits { queue: limits.queue + limits.seats, ..limits });
+        Self {
+            name: name.into(),
+            backend,
+            text,
+            scheduler,
+            seats: limits.seats,
+            jobs: BTreeMap::new(),
+            next_job: 0,
+            gauges,
+            ids: Vec::new(),
+            logits: Vec::new(),
+        }
+    }
+
+    /// Runs until the handle is dropped.
+    pub fn run(mut self, arrivals: &Receiver<Submission>) {
+        while self.receive(arrivals) {
+            self.drop_deserted();
+            metrics::occupancy(&self.name, self.scheduler.waiting(), self.seats - self.scheduler.free_seats(), self.seats);
+            let plan = self.scheduler.plan();
+            if !plan.spans.is_empty() {
+                self.step(&plan);
+            }
+        }
+        for id in self.jobs.keys().copied().collect::<Vec<_>>() {
+            self.fail(id, "the server is shutting down");
+        }
+    }
+
+    /// Takes in what has arrived, and waits for it when there is nothing else to do. False when nobody can send any more.
+    fn receive(&mut self, arrivals: &Receiver<Submission>) -> bool {
+        if self.scheduler.idle() {
+            metrics::occupancy(&self.name, 0, 0, self.seats);
+            match arrivals.recv() {
+                Ok(submission) => self.take(submission),
+                Err(_) => return false,
+            }
+        }
+        loop {
+            match arrivals.try_recv() {
+                Ok(submission) => self.take(submission),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn take(&mut self, Submission { job, events, permit }: Submission) {
+        let id = JobId(self.next_job);
+        self.next_job += 1;
+        let mut response = Response::new(&job, &*self.text);
+        let primed = response.take_primed();
+        if !primed.is_empty() {
+            send(&events, Event::Text { choice: 0, text: primed });
+        }
+        if response.over() {
+            let kept = job.memory.as_deref().filter(|_| job.keep).map(|memory| {
+                Box::new(Kept { memory: memory.clone(), ids: memory.pending.ends.clone() })
+            });
+            send(&events, Event::Done { choice: 0, finish: Finish::Stop, sampled: 0, kept });
+            return;
+        }
+        let need = Need { tenant: job.tenant.clone(), tokens: job.ids.len(), seats: job.choices };
+        if let Err(refused) = self.scheduler.submit(id, need) {
+            send(&events, Event::Failed(refused.to_string()));
+            return;
+        }
+        let prompt = Place { current: SlotId(0), fed: 0, anchor: None, shared: false };
+        let since = clock::now();
+        let live = Live { job, events, _permit: permit, since, seats: Vec::new(), prompt, response, choices: Vec::new() };
+        self.jobs.insert(id, live);
+    }
+
+    /// Cancels the jobs nobody listens to.
+    fn drop_deserted(&mut self) {
+        let deserted: Vec<_> = self.jobs.iter().filter(|(_, j)| j.events.is_closed()).map(|(&id, _)| id).collect();
+        for id in deserted {
+            self.jobs.remove(&id);
+            self.scheduler.cancel(id);
+        }
+    }
+
+    fn fail(&mut self, id: JobId, why: &str) {
+        self.scheduler.cancel(id);
+        if let Some(live) = self.jobs.remove(&id) {
+            send(&live.events, Event::Failed(why.into()));
+        }
+    }
+
+    fn step(&mut self, plan: &Plan) {
+        for (id, seats) in &plan.admitted {
+            if let Err(why) = self.seat(*id, seats) {
+                self.fail(*id, &why);
+            }
+        }
+        self.ids.clear();
+        let spans: Vec<&Span> = plan.spans.iter().filter(|span| self.jobs.contains_key(&span.job)).collect();
+        let rows: Vec<Row> = spans.iter().map(|span| self.row(span)).collect();
+        if rows.is_empty() {
+            return;
+        }
+        let began = clock::now();
+        self.logits.clear();
+        let (backend, ids, logits) = (&mut self.backend, &self.ids, &mut self.logits);
+        // A panic here is a defect of a kernel. It must cost the jobs of this step, not the server: every slot is written
+        // afresh before it is used again.
+        let outcome = catch_unwind(AssertUnwindSafe(|| backend.step(ids, &rows, logits)))
+            .unwrap_or_else(|_| Err("the model's step panicked".into()));
+        metrics::step(&self.name, ids.len(), began.elapsed());
+        if let Err(why) = outcome {
+            tracing::error!(model = self.name, why, "a step failed");
+            spans.iter().for_each(|span| self.fail(span.job, &why));
+            return;
+        }
+        let mut logits = std::mem::take(&mut self.logits);
+        let mut wanted = logits.chunks_exact_mut(self.backend.vocabulary());
+        for (span, row) in spans.into_iter().zip(rows) {
+            self.moved(span, &row);
+            if row.want == Want::Nothing {
+                continue;
+            }
+            let logits = wanted.next().expect("one position of logits for each row that wants them");
+            match span.choice {
+                Some(choice) => self.advance(span.job, choice, logits),
+                None => self.begin(span.job, logits),
+            }
+        }
+        self.logits = logits;
+    }
+
+    /// Gives a job its seats and puts its state there.
+    fn seat(&mut self, id: JobId, seats: &[Seat]) -> Result<(), String> {
+        let Some(live) = self.jobs.get_mut(&id) else { return Ok(()) };
+        let slot = seats[0].slots()[0];
+        live.seats = seats.to_vec();
+        // Text of what is read now is still held back: the state before it must stay until that is decided.
+        let anchored = live.job.keep && live.response.delivered_tokens() < live.response.tokens();
+        live.prompt = Place { current: slot, fed: 0, anchor: anchored.then_some((slot, 0)), shared: false };
+        match &live.job.memory {
+            Some(memory) => self.backend.restore(slot, &memory.segments)?,
+            None => self.backend.reset(slot),
+        }
+        Ok(())
+    }
+
+    /// The row of a span; its tokens are appended to the step's ids.
+    fn row(&mut self, span: &Span) -> Row {
+        let live = &self.jobs[&span.job];
+        let start = self.ids.len();
+        let (place, at) = match span.choice {
+            None => {
+                self.ids.extend_from_slice(&live.job.ids[span.tokens.clone()]);
+                (live.prompt, live.job.at() + span.tokens.start as u64)
+            }
+            Some(choice) => {
+                let choice = live.choices[choice].as_ref().expect("only live choices are planned");
+                self.ids.extend(choice.response.last());
+                (choice.place, choice.response.position(choice.place.fed))
+            }
+        };
+        Row {
+            // One number for each choice of each job; the prompt is its first choice's.
+            seq: SeqId(span.job.0 << 16 | span.choice.unwrap_or(0) as u64),
+            from: place.current,
+            into: place.into(span.seat.slots()),
+            at,
+            tokens: start..self.ids.len(),
+            want: if span.last { Want::Last } else { Want::Nothing },
+        }
+    }
+
+    /// Notes where a row's state is now.
+    fn moved(&mut self, span: &Span, row: &Row) {
+        let Some(live) = self.jobs.get_mut(&span.job) else { return };
+        match span.choice {
+            None => live.prompt.current = row.into,
+            Some(choice) => {
+                let choice = live.choices[choice].as_mut().expect("only live choices are planned");
+                choice.place.current = row.into;
+                choice.place.shared = false;
+                choice.place.fed += 1;
+            }
+        }
+    }
+
+    /// The prompt is read: every choice samples its first token from the same logits.
+    fn begin(&mut self, id: JobId, logits: &mut [f32]) {
+        let Some(live) = self.jobs.get_mut(&id) else { return };
+        let (first, n) = (live.job.first_choice, live.job.choices);
+        let fed = live.response.tokens();
+        let place = Place { fed, shared: n > 1, ..live.prompt };
+        let choice = |j| Some(Choice { response: live.response.for_choice(first + j), place });
+        live.choices = (0..n).map(choice).collect();
+        let mut copy = Vec::new();
+        for j in 0..n {
+            copy.clear();
+            copy.extend_from_slice(logits);
+            self.advance(id, j, &mut copy);
+        }
+    }
+
+    /// Samples a choice's next token, sends its text and says how the choice goes on.
+    fn advance(&mut self, id: JobId, index: usize, logits: &mut [f32]) {
+        let Some(live) = self.jobs.get_mut(&id) else { return };
+        let Some(choice) = live.choices[index].as_mut() else { return };
+        let accepted = match choice.response.sample(logits) {
+            Ok(token) => choice.response.accept(token, &*self.text),
+            Err(why) => return self.fail(id, &why.to_string()),
+        };
+        if !accepted.text.is_empty() {
+            send(&live.events, Event::Text { choice: index, text: accepted.text });
+        }
+        if let Some(finish) = accepted.finish {
+            return self.finish(id, index, finish);
+        }
+        if live.job.keep {
+            let (place, delivered) = (&mut choice.place, choice.response.delivered_tokens());
+            if delivered == choice.response.tokens() {
+                place.anchor = None;
+            } else if place.fed <= delivered {
+                let own = live.seats[index].slots();
+                // The prompt's state is in another choice's seat, which will write over it.
+                if !own.contains(&place.current) {
+                    self.backend.copy(place.current, own[1]);
+                    place.anchor = Some((own[1], place.fed));
+                } else {
+                    place.anchor = Some((place.current, place.fed));
+                }
+            }
+        }
+        self.scheduler.commit(id, index, Next::Tokens(1));
+    }
+
+    /// Ends a choice, and with its last choice the job.
+    fn finish(&mut self, id: JobId, index: usize, mut finish: Finish) {
+        self.scheduler.commit(id, index, Next::Done);
+        let Some(live) = self.jobs.get_mut(&id) else { return };
+        let Some(Choice { mut response, place }) = live.choices[index].take() else { return };
+        // What is held back at the token limit goes out now, or, when the response may go on, with what follows it.
+        if finish == Finish::Length && !live.job.keep {
+            let text = response.flush();
+            if !text.is_empty() {
+                send(&live.events, Event::Text { choice: index, text });
+            }
+            // A complete stop string had waited for a longer one that begins earlier.
+            if response.over() {
+                finish = Finish::Stop;
+            }
+        }
+        let kept = live.job.keep.then(|| Box::new(keep(&live.job, &response, place, &*self.backend, &*self.text)));
+        send(&live.events, Event::Done { choice: index, finish, sampled: response.sampled(), kept });
+        if live.choices.iter().all(Option::is_none) {
+            let millis = live.since.elapsed().as_millis() as u64;
+            let average = self.gauges.job_millis.load(Ordering::Relaxed);
+            let average = if average == 0 { millis } else { (7 * average + millis) / 8 };
+            self.gauges.job_millis.store(average, Ordering::Relaxed);
+            self.jobs.remove(&id);
+        }
+    }
+}
+
+/// The sequence as it is to be kept: a state that has read nothing the client did not receive, and what follows it.
+fn keep(job: &Job, response: &Response, place: Place, backend: &dyn Backend, text: &dyn Tokenizer) -> Kept {
+    let (slot, fed) = if place.fed <= response.delivered_tokens() {
+        (place.current, place.fed)
+    } else {
+        place.anchor.expect("a state that has read text which is held back has an anchor before it")
+    };
+    let pending = response.pending(fed, text);
+    let mut ids = if job.goes_on { Vec::new() } else { job.ids.clone() };
+    ids.extend_from_slice(response.fed(fed));
+    ids.extend_from_slice(&pending.ends);
+    let memory = Memory {
+        segments: backend.snapshot(slot),
+        consumed: response.position(fed),
+        pending,
+        tail: response.tail(fed),
+        counts: response.counts(),
+    };
+    Kept { memory, ids }
+}
+
+/// Sends an event. Nobody listening is no error: the job is dropped before the next step.
+fn send(events: &UnboundedSender<Event>, event: Event) {
+    let _ = events.send(event);
+}

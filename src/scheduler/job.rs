@@ -1,0 +1,89 @@
+//! One admitted job: first it reads its prompt, then it is as many sequences as it has choices.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use super::{JobId, Seat, Span};
+
+/// A job in its seats.
+///
+/// The prompt is read once, in the seat of the first choice; every choice then begins from the state found there and
+/// moves it to its own seat with its first span.
+#[derive(Clone, Debug)]
+pub(super) struct Job {
+    /// What of the prompt is still to read.
+    unread: Range<usize>,
+    /// `None` = done.
+    choices: Vec<Option<Choice>>,
+    /// The seats it holds; fewer as choices end.
+    seats: BTreeSet<Seat>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Choice {
+    seat: Seat,
+    /// Where its state is now: another seat only between the prompt's end and its own first span.
+    from: Seat,
+    /// How many tokens wait to be read.
+    waiting: usize,
+}
+
+impl Job {
+    /// A job that has to read `tokens` tokens and then has a choice for each of `seats`, which are not empty.
+    pub fn new(tokens: usize, seats: &[Seat]) -> Self {
+        let choices = seats.iter().map(|&seat| Some(Choice { seat, from: seats[0], waiting: 0 })).collect();
+        Self { unread: 0..tokens, choices, seats: seats.iter().copied().collect() }
+    }
+
+    /// Tokens of the prompt that are still to read.
+    pub fn unread(&self) -> usize {
+        self.unread.len()
+    }
+
+    pub fn seats(&self) -> &BTreeSet<Seat> {
+        &self.seats
+    }
+
+    /// Whether some choice's last span was planned but what follows it was not committed.
+    pub fn awaits_commit(&self) -> bool {
+        self.unread.is_empty() && self.choices.iter().flatten().any(|choice| choice.waiting == 0)
+    }
+
+    /// Reads the next `tokens` tokens of the prompt.
+    pub fn read(&mut self, id: JobId, tokens: usize) -> Span {
+        let seat = self.choices.iter().flatten().next().expect("a job without live choices is dropped").from;
+        let tokens = self.unread.start..self.unread.start + tokens;
+        self.unread.start = tokens.end;
+        Span { job: id, choice: None, from: seat, seat, tokens, last: self.unread.is_empty() }
+    }
+
+    /// Reads all that waits in every choice.
+    pub fn decode(&mut self, id: JobId, spans: &mut Vec<Span>) {
+        for (index, choice) in self.choices.iter_mut().enumerate() {
+            let Some(choice) = choice.as_mut().filter(|choice| choice.waiting > 0) else { continue };
+            let Choice { seat, from, waiting } = *choice;
+            *choice = Choice { seat, from: seat, waiting: 0 };
+            spans.push(Span { job: id, choice: Some(index), from, seat, tokens: 0..waiting, last: true });
+        }
+    }
+
+    /// `tokens` tokens wait in a choice whose last span was read; none is the end of it.
+    pub fn set(&mut self, choice: usize, tokens: usize) {
+        let Some(slot) = self.choices.get_mut(choice) else { return };
+        match slot {
+            Some(choice) if tokens > 0 => {
+                debug_assert!(self.unread.is_empty() && choice.waiting == 0, "its last span was not read yet");
+                choice.waiting = tokens;
+            }
+            _ => *slot = None,
+        }
+    }
+
+    /// Gives back the seats in which no choice lives and from which none has still to move.
+    pub fn vacate(&mut self) -> BTreeSet<Seat> {
+        let held = self.choices.iter().flatten().flat_map(|choice| [choice.seat, choice.from]).collect();
+        let left = self.seats.difference(&held).copied().collect();
+        self.seats = held;
+        left
+    }
+}

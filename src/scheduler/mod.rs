@@ -1,0 +1,304 @@
+//! L1: who runs next. A value machine: it is told what came and what happened, and says what to run.
+//!
+//! A job goes `submit → (plan: admitted) → (plan: spans of its prompt)… → commit of every choice → (plan: one span a
+//! choice → commit)…` until every choice is done or the job is cancelled. It knows tokens only by number, states only by
+//! [`Seat`], and neither clock nor channel; equal calls give equal plans.
+//!
+//! Everything that runs is *n tokens waiting*. A prompt's tokens are divisible: they fill what the step's budget
+//! leaves. A choice's tokens (the one just sampled; a draft) are not: they run in the very next step, whole and before
+//! any prompt, so that a long prompt never stalls a running stream.
+
+mod job;
+mod ring;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
+
+use crate::types::{SlotId, Tenant};
+use job::Job;
+use ring::Ring;
+
+/// A request for some choices of one prompt. An id is never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct JobId(pub u64);
+
+/// What a running sequence owns: two slots of the state pool, its state in one and the other to write to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Seat(pub u32);
+
+impl Seat {
+    /// Seat *i* is the slots 2*i* and 2*i* + 1.
+    pub fn slots(self) -> [SlotId; 2] {
+        [SlotId(2 * self.0), SlotId(2 * self.0 + 1)]
+    }
+}
+
+/// How much may run and wait; none is zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Sequences that can run at once: half the slots of the pool.
+    pub seats: usize,
+    /// Jobs that may wait for seats.
+    pub queue: usize,
+    /// Prompt tokens a step when nobody is decoding.
+    pub budget: usize,
+    /// Prompt tokens a step while somebody is: what a running stream may have to wait for.
+    pub busy_budget: usize,
+}
+
+/// What a job needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    pub tenant: Tenant,
+    /// Tokens to read before the first is sampled; not 0.
+    pub tokens: usize,
+    /// How many choices it has, and so seats it takes, all when it is admitted; not 0.
+    pub seats: usize,
+}
+
+/// Why a job was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("{0} jobs wait already; no more can")]
+    Full(usize),
+    #[error("the job needs {needs} seats at once and there are {seats}")]
+    TooLarge { needs: usize, seats: usize },
+    #[error("a job has at least one token to read and one choice")]
+    Empty,
+}
+
+/// What to run in one step.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Jobs that begin now, with a seat for each choice. The first holds the state their prompt starts from.
+    pub admitted: Vec<(JobId, Vec<Seat>)>,
+    /// First what decodes, by job and choice, then chunks of prompts. At most one span for each sequence.
+    pub spans: Vec<Span>,
+}
+
+/// Some of the tokens that wait in one sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Span {
+    pub job: JobId,
+    /// `None` = the prompt, which all choices share.
+    pub choice: Option<usize>,
+    /// Where the sequence's state is. Not `seat` only in the first span of a choice other than the first: it leaves
+    /// the seat in which the prompt was read, which in that step must not be written over.
+    pub from: Seat,
+    /// Where its state will be.
+    pub seat: Seat,
+    /// Which tokens: of the prompt's, or of those last committed. Never empty.
+    pub tokens: Range<usize>,
+    /// Whether it reaches the end of what waits, so that its logits are wanted and [`Scheduler::commit`] must follow: for
+    /// its choice, or for every choice if it is the prompt's.
+    pub last: bool,
+}
+
+/// How a choice goes on when all that waited in it was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// So many tokens wait; 0 is as good as `Done`.
+    Tokens(usize),
+    Done,
+}
+
+/// The machine. Every job it accepts runs to its end:
+///
+/// * Seats are given out strictly by turn (tenants in a ring, first come first served within each). When the job whose
+///   turn it is does not fit, nobody is admitted before it. Some seats then stay empty for a while; in exchange a job
+///   that needs many cannot be overtaken for ever by jobs that need few. As a job takes all its seats at once and needs no
+///   more than there are, those who run never wait for those who do not: no deadlock.
+/// * Whatever decodes does so in every step.
+/// * Prompt tokens are shared equally between the tenants that read, and who comes first when they do not divide changes
+///   with every step: a tenant reads at least once in as many steps as tenants read.
+#[derive(Clone, Debug)]
+pub struct Scheduler {
+    limits: Limits,
+    waiting: Ring<Waiting>,
+    running: BTreeMap<JobId, Job>,
+    /// The running jobs whose prompt is not read yet.
+    reading: Ring<JobId>,
+    free: BTreeSet<Seat>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    job: JobId,
+    tokens: usize,
+    seats: usize,
+}
+
+impl Scheduler {
+    /// An idle machine.
+    ///
+    /// # Panics
+    /// If a limit is zero: nothing could ever run.
+    pub fn new(limits: Limits) -> Self {
+        let Limits { seats, queue, budget, busy_budget } = limits;
+        assert!([seats, queue, budget, busy_budget].iter().all(|&limit| limit > 0), "a limit is zero: {limits:?}");
+        let free = (0..).take(seats).map(Seat).collect();
+        Self { limits, waiting: Ring::new(), running: BTreeMap::new(), reading: Ring::new(), free }
+    }
+
+    /// Lets a new job wait for its seats.
+    pub fn submit(&mut self, job: JobId, need: Need) -> Result<(), Error> {
+        let Need { tenant, tokens, seats } = need;
+        if tokens == 0 || seats == 0 {
+            return Err(Error::Empty);
+        }
+        if seats > self.limits.seats {
+            return Err(Error::TooLarge { needs: seats, seats: self.limits.seats });
+        }
+        if self.waiting() >= self.limits.queue {
+            return Err(Error::Full(self.limits.queue));
+        }
+        self.waiting.push(tenant, Waiting { job, tokens, seats });
+        self.audit();
+        Ok(())
+    }
+
+    /// What to run in the next step; empty only when there is nothing to do. The spans count as read: if the step
+    /// fails, cancel its jobs.
+    pub fn plan(&mut self) -> Plan {
+        debug_assert!(!self.running.values().any(Job::awaits_commit), "the last plan was not committed");
+        let admitted = self.admit();
+        let mut spans = self.decode();
+        let budget = if spans.is_empty() { self.limits.budget } else { self.limits.busy_budget };
+        spans.extend(self.read(budget));
+        self.audit();
+        Plan { admitted, spans }
+    }
+
+    /// Says how a choice goes on. When it is done its seat is free (the one where the prompt was read: when the other
+    /// choices have left it), and with the last choice the job is gone. `Done` may come at any time; a job that was
+    /// cancelled meanwhile is no error.
+    pub fn commit(&mut self, job: JobId, choice: usize, next: Next) {
+        let Some(running) = self.running.get_mut(&job) else { return };
+        running.set(choice, if let Next::Tokens(tokens) = next { tokens } else { 0 });
+        self.free.extend(running.vacate());
+        if running.seats().is_empty() {
+            self.cancel(job);
+        }
+        self.audit();
+    }
+
+    /// Drops a job, waiting or running; all its seats are free at once. An unknown job is no error.
+    pub fn cancel(&mut self, job: JobId) {
+        self.waiting.retain(|waiting| waiting.job != job);
+        self.reading.retain(|reading| *reading != job);
+        if let Some(running) = self.running.remove(&job) {
+            self.free.extend(running.seats());
+        }
+        self.audit();
+    }
+
+    /// Whether there is nothing to do and nothing to wait for.
+    pub fn idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Jobs without seats.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Jobs in seats.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    pub fn free_seats(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Audits the invariants; debug builds do so after every call.
+    ///
+    /// # Panics
+    /// If one does not hold.
+    pub fn check(&self) {
+        let taken: Vec<Seat> = self.running.values().flat_map(Job::seats).chain(&self.free).copied().collect();
+        assert_eq!(taken.len(), self.limits.seats, "a seat has two owners or none");
+        assert_eq!(taken.iter().collect::<BTreeSet<_>>().len(), taken.len(), "a seat has two owners");
+        assert!(self.running.values().all(|job| !job.seats().is_empty()), "a job runs without a seat");
+        assert!(self.waiting.len() <= self.limits.queue, "more wait than may");
+        let waiting: BTreeSet<JobId> = self.waiting.iter().map(|waiting| waiting.job).collect();
+        assert_eq!(waiting.len(), self.waiting.len(), "a job waits twice");
+        assert!(waiting.iter().all(|job| !self.running.contains_key(job)), "a running job waits");
+        let reading: BTreeSet<JobId> = self.reading.iter().copied().collect();
+        let unread = self.running.iter().filter(|(_, job)| job.unread() > 0).map(|(&id, _)| id).collect();
+        assert_eq!(reading, unread, "the readers are not the jobs with something to read");
+    }
+
+    fn audit(&self) {
+        if cfg!(debug_assertions) {
+            self.check();
+        }
+    }
+
+    /// Gives seats to those who wait, strictly by turn.
+    fn admit(&mut self) -> Vec<(JobId, Vec<Seat>)> {
+        let mut admitted = Vec::new();
+        while self.waiting.front().is_some_and(|next| next.seats <= self.free.len()) {
+            let (tenant, Waiting { job, tokens, seats }) = self.waiting.pop().expect("there is a front");
+            let seats: Vec<Seat> = std::iter::from_fn(|| self.free.pop_first()).take(seats).collect();
+            self.running.insert(job, Job::new(tokens, &seats));
+            self.reading.push(tenant, job);
+            admitted.push((job, seats));
+        }
+        admitted
+    }
+
+    /// Spans of all choices in which tokens wait.
+    fn decode(&mut self) -> Vec<Span> {
+        let mut spans = Vec::new();
+        for (&id, job) in &mut self.running {
+            job.decode(id, &mut spans);
+            // Free for the next plan: by then this step has moved the state of every choice to its own seat.
+            self.free.extend(job.vacate());
+        }
+        spans
+    }
+
+    /// Spans of prompts, at most `budget` tokens: equal shares for the tenants, first come first served within each.
+    fn read(&mut self, budget: usize) -> Vec<Span> {
+        let unread = |queue: &VecDeque<JobId>| queue.iter().map(|id| self.running[id].unread()).sum();
+        let demands: Vec<usize> = self.reading.queues().map(unread).collect();
+        let mut spans = Vec::new();
+        for (queue, mut share) in self.reading.queues().zip(fair_shares(budget, &demands)) {
+            for &id in queue {
+                let job = self.running.get_mut(&id).expect("who reads runs");
+                let tokens = job.unread().min(share);
+                if tokens == 0 {
+                    break;
+                }
+                share -= tokens;
+                spans.push(job.read(id, tokens));
+            }
+        }
+        // In this order: were the first dropped before, the turn of the second would be skipped.
+        self.reading.pass();
+        self.reading.retain(|id| self.running[id].unread() > 0);
+        spans
+    }
+}
+
+/// Divides `budget` by max–min fairness: all get equally much, but nobody more than it demands, and what one leaves goes
+/// to the others. What does not divide goes to the first.
+fn fair_shares(mut budget: usize, demands: &[usize]) -> Vec<usize> {
+    let mut shares = vec![0; demands.len()];
+    loop {
+        let unsatisfied = shares.iter().zip(demands).filter(|(share, demand)| share < demand).count();
+        if unsatisfied == 0 || budget == 0 {
+            return shares;
+        }
+        let equal = (budget / unsatisfied).max(1);
+        for (share, demand) in shares.iter_mut().zip(demands) {
+            let more = equal.min(demand - *share).min(budget);
+            *share += more;
+            budget -= more;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,49 @@
+//! L1: what outlives the process. Snapshots and turn records, in a folder, in memory, later in a bucket.
+//!
+//! ```text
+//! t/{tenant}/states/{state id}               one immutable snapshot, a safetensors file     (codec)
+//! t/{tenant}/sessions/{session id}/{turn}    one turn record, twelve digits, JSON           (record)
+//! ```
+//!
+//! [`Store`] keeps bytes under keys, [`Archive`] gives keys and bytes their meaning. Everything is written once, by
+//! put-if-absent, and never changed. The layout is the whole truth: there is no index to rebuild and nothing to scan
+//! when a server starts, and any number of servers may share one store. No clock in here: `now` is an argument.
+
+mod archive;
+mod codec;
+mod local;
+mod memory;
+mod record;
+mod sessions;
+mod store;
+
+pub use archive::{Archive, Listed, Wanted};
+pub use codec::{Damaged, FORMAT, Info, decode, decode_head, encode, head_len};
+pub use local::Local;
+pub use memory::InMemory;
+pub use record::Entry;
+pub use sessions::{Commit, Head};
+pub use store::{Put, Start, Store};
+
+/// Why something could not be kept, found or removed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// What is stored under `key` is not what was written there.
+    #[error("{key} is damaged: {why}")]
+    Damaged { key: String, why: String },
+    /// The store could not do its work. `cause` is the whole story, such as `No space left on device`.
+    #[error("could not {doing} {key}: {cause}")]
+    Store { doing: &'static str, key: String, cause: String },
+    /// The folder cannot hold states.
+    #[error("cannot keep states in {folder}: {cause}")]
+    Open { folder: String, cause: String },
+    /// A value that must not be stored, such as a state that is not finite.
+    #[error("{key} cannot be stored: {why}")]
+    Unfit { key: String, why: String },
+    /// Something else is stored under a key that should have been new.
+    #[error("{key} already holds something else")]
+    Taken { key: String },
+    /// Not a key: see [`Store`].
+    #[error("{0:?} is not a storage key")]
+    Key(String),
+}

@@ -1,0 +1,299 @@
+//! The loop: whatever else runs, wherever a response is cut, its text is the same.
+
+#[path = "support/toy.rs"]
+mod toy;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use proptest::prelude::*;
+use rewake::engine::{Event, Handle, Job, Kept};
+use rewake::scheduler::Limits;
+use rewake::text::{self, Trim};
+use rewake::types::{Finish, Memory, Sampling, Tenant};
+use tokio::sync::mpsc::UnboundedReceiver;
+use toy::{Failure, Toy};
+
+const LIMITS: Limits = Limits { seats: 8, queue: 200, budget: 16, busy_budget: 5 };
+
+fn engine(toy: Toy) -> Handle {
+    Handle::start("toy", toy, text::bytes(), LIMITS).expect("a thread")
+}
+
+fn toy() -> Toy {
+    Toy::new(2 * LIMITS.seats)
+}
+
+fn job(prompt: &str) -> Job {
+    Job {
+        tenant: Tenant::local(),
+        memory: None,
+        ids: prompt.bytes().map(u32::from).collect(),
+        goes_on: false,
+        choices: 1,
+        first_choice: 0,
+        sampling: Sampling { temperature: 1.0, seed: 7, ..Sampling::default() },
+        stop: Vec::new(),
+        stop_tokens: vec![256],
+        trim: Trim::default(),
+        max_tokens: 40,
+        keep: false,
+    }
+}
+
+#[derive(Debug, PartialEq)]
+struct Answer {
+    text: String,
+    finish: Finish,
+    sampled: u64,
+}
+
+fn submit(engine: &Handle, job: Job) -> UnboundedReceiver<Event> {
+    let permit = engine.reserve(1).expect("room").remove(0);
+    engine.submit(job, permit)
+}
+
+/// All choices of a job, and what was kept of each.
+fn collect(mut events: UnboundedReceiver<Event>, choices: usize) -> Result<Vec<(Answer, Option<Kept>)>, String> {
+    let mut texts = vec![String::new(); choices];
+    let mut answers: Vec<_> = (0..choices).map(|_| None).collect();
+    while let Some(event) = events.blocking_recv() {
+        match event {
+            Event::Text { choice, text } => {
+                assert!(!text.is_empty() && answers[choice].is_none());
+                texts[choice].push_str(&text);
+            }
+            Event::Done { choice, finish, sampled, kept } => {
+                let text = std::mem::take(&mut texts[choice]);
+                answers[choice] = Some((Answer { text, finish, sampled }, kept.map(|k| *k)));
+            }
+            Event::Failed(why) => return Err(why),
+        }
+    }
+    Ok(answers.into_iter().map(|a| a.expect("every choice ends")).collect())
+}
+
+fn run(engine: &Handle, job: Job) -> (Answer, Option<Kept>) {
+    let choices = job.choices;
+    collect(submit(engine, job), choices).expect("an answer").remove(0)
+}
+
+/// The same response going on from what was kept of it.
+fn on(base: &Job, memory: Memory, max_tokens: u64) -> Job {
+    Job {
+        ids: memory.pending.goes_on.clone(),
+        memory: Some(Arc::new(memory)),
+        goes_on: true,
+        max_tokens,
+        ..base.clone()
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_response_cut_anywhere_goes_on_as_if_it_had_not_been(
+        prompt in "[ab]{1,40}", seed: u64, temperature in prop_oneof![Just(0.0f32), Just(0.7), Just(1.0)],
+        cuts in proptest::collection::vec(1u64..9, 1..8),
+        stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé", "\u{20ac}"], 0..3),
+        start: bool, end: bool, penalties: bool,
+    ) {
+        let engine = engine(toy());
+        let mut base = job(&prompt);
+        base.sampling = Sampling { temperature, seed, ..base.sampling };
+        if penalties {
+            base.sampling = Sampling {
+                presence_penalty: 0.3, frequency_penalty: 0.2, penalty_decay: 0.9, repetition_penalty: 1.1, ..base.sampling
+            };
+        }
+        base.stop = stops;
+        base.trim = Trim { start, end };
+        base.max_tokens = cuts.iter().sum();
+        base.keep = true;
+        let (whole, kept_whole) = run(&engine, base.clone());
+        let kept_whole = kept_whole.expect("kept");
+
+        let mut ids: Vec<u32> = base.ids.clone();
+        let (mut text, mut sampled, mut memory) = (String::new(), 0, None);
+        for (i, &n) in cuts.iter().enumerate() {
+            let next = match memory.take() {
+                None => Job { max_tokens: n, ..base.clone() },
+                Some(memory) => on(&base, memory, n),
+            };
+            let parent_ends = next.memory.as_ref().map_or(0, |m| m.pending.ends.len());
+            let goes_on = next.goes_on;
+            let (answer, kept) = run(&engine, next);
+            let kept = kept.expect("kept");
+            // The log: what the job's ids replace is what was pending.
+            if goes_on {
+                ids.truncate(ids.len() - parent_ends);
+            } else {
+                ids.clear();
+            }
+            ids.extend(&kept.ids);
+            prop_assert_eq!(kept.memory.tokens(), ids.len() as u64);
+            text.push_str(&answer.text);
+            sampled += answer.sampled;
+            memory = Some(kept.memory);
+            if answer.finish == Finish::Stop {
+                prop_assert_eq!(whole.finish, Finish::Stop);
+                break;
+            }
+            if i + 1 == cuts.len() {
+                prop_assert_eq!(whole.finish, Finish::Length);
+            }
+        }
+        prop_assert_eq!(&text, &whole.text);
+        prop_assert_eq!(sampled, whole.sampled);
+        prop_assert_eq!(&ids, &kept_whole.ids);
+        let memory = memory.expect("kept");
+        prop_assert_eq!(memory.tokens(), kept_whole.memory.tokens());
+        // Both go on in the same way, with new text and without.
+        for new in ["", "U: x"] {
+            let go = |memory: &Memory| {
+                let mut next = on(&base, memory.clone(), 9);
+                if !new.is_empty() {
+                    next.goes_on = false;
+                    next.ids = memory.pending.ends.iter().copied().chain(new.bytes().map(u32::from)).collect();
+                }
+                run(&engine, next).0
+            };
+            prop_assert_eq!(go(&memory), go(&kept_whole.memory));
+        }
+    }
+
+    #[test]
+    fn a_turn_from_a_kept_state_equals_the_one_shot_request_over_the_same_ids(
+        prompt in "[ab]{1,40}", new in "[abU:]{1,30}", seed: u64, max in 1u64..20,
+        stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé"], 0..3), end: bool,
+    ) {
+        let engine = engine(toy());
+        let mut first = job(&prompt);
+        first.sampling.seed = seed;
+        first.sampling.repetition_penalty = 1.2;
+        first.stop = stops;
+        first.trim = Trim { start: false, end };
+        first.max_tokens = max;
+        first.keep = true;
+        let (answer, kept) = run(&engine, first.clone());
+        let kept = kept.expect("kept");
+        // The kept sequence is the prompt and exactly the text that was received.
+        let bytes = text::bytes().decode(&kept.ids);
+        prop_assert_eq!(String::from_utf8_lossy(&bytes), format!("{prompt}{}", answer.text));
+
+        let suffix = new.bytes().map(u32::from);
+        let turn = Job {
+            ids: kept.memory.pending.ends.iter().copied().chain(suffix.clone()).collect(),
+            memory: Some(Arc::new(kept.memory)),
+            ..first.clone()
+        };
+        let one_shot = Job { ids: kept.ids.iter().copied().chain(suffix).collect(), ..first };
+        let (turn, after_turn) = run(&engine, turn);
+        let (one_shot, after_one_shot) = run(&engine, one_shot);
+        prop_assert_eq!(turn, one_shot);
+        let (a, b) = (after_turn.expect("kept").memory, after_one_shot.expect("kept").memory);
+        prop_assert_eq!(a, b);
+    }
+}
+
+#[test]
+fn many_at_once_answer_as_each_alone() {
+    let engine = engine(toy());
+    let jobs: Vec<Job> = (0..100)
+        .map(|i| {
+            let mut job = job(&"ab".repeat(1 + i % 37));
+            job.sampling.seed = i as u64;
+            job.choices = 1 + i % 4;
+            job.keep = i % 3 == 0;
+            job.stop = vec!["\n\n".into(), "ab".into()];
+            job.tenant = Tenant::parse(format!("t{}", i % 3)).expect("a tenant");
+            job
+        })
+        .collect();
+    let answers = |events: UnboundedReceiver<Event>, n| -> Vec<_> {
+        collect(events, n).expect("answers").into_iter().map(|(a, k)| (a, k.map(|k| (k.ids, k.memory)))).collect()
+    };
+    let alone: Vec<_> = jobs.iter().map(|job| answers(submit(&engine, job.clone()), job.choices)).collect();
+    let together: Vec<_> = jobs.iter().map(|job| submit(&engine, job.clone())).collect();
+    for ((job, events), alone) in jobs.iter().zip(together).zip(alone) {
+        assert_eq!(answers(events, job.choices), alone);
+    }
+    // And each choice as if it had been asked for by itself.
+    for job in &jobs {
+        let all = answers(submit(&engine, job.clone()), job.choices);
+        for (j, together) in all.into_iter().enumerate() {
+            let single = Job { choices: 1, first_choice: j, ..job.clone() };
+            assert_eq!(answers(submit(&engine, single), 1).remove(0), together);
+        }
+    }
+}
+
+#[test]
+fn a_reader_that_leaves_costs_nothing_more() {
+    let toy = Toy { end: None, ..toy() };
+    let tokens = toy.tokens.clone();
+    let engine = engine(toy);
+    let endless = Job { max_tokens: u64::MAX, ..job("ab") };
+    let mut left: Vec<_> = (0..30).map(|_| submit(&engine, endless.clone())).collect();
+    // Eight run, the others wait; when the first has spoken, all leave.
+    assert!(matches!(left[0].blocking_recv(), Some(Event::Text { .. })));
+    drop(left);
+    let next = Job { max_tokens: 50, ..job("b") };
+    run(&engine, next.clone());
+    let before = tokens.load(Ordering::SeqCst);
+    run(&engine, next.clone());
+    // One token read, then 49 steps of one each: nobody else was in any of them.
+    assert_eq!(tokens.load(Ordering::SeqCst) - before, 50);
+    assert_eq!(engine.reserve(engine.capacity()).expect("every place is free").len(), engine.capacity());
+}
+
+#[test]
+fn a_full_queue_says_so_at_once() {
+    let engine = engine(Toy { end: None, ..toy() });
+    let permits = engine.reserve(engine.capacity()).expect("an empty engine");
+    let full = engine.reserve(1).expect_err("no place");
+    assert!(full.retry_after.as_millis() > 0);
+    drop(permits);
+    assert!(engine.reserve(engine.capacity() + 1).is_err());
+    assert!(engine.reserve(1).is_ok());
+}
+
+#[test]
+fn a_failing_step_fails_its_jobs_and_nothing_else() {
+    for failure in [Failure::Error, Failure::Panic] {
+        let engine = engine(Toy { fail_at: Some((3, failure)), ..toy() });
+        let events = submit(&engine, Job { stop_tokens: Vec::new(), ..job("ab") });
+        let why = collect(events, 1).expect_err("the fourth step fails");
+        assert!(why.contains("told to fail") || why.contains("panicked"), "{why}");
+        let (answer, _) = run(&engine, job("ab"));
+        assert_eq!(answer, run(&engine, job("ab")).0);
+    }
+}
+
+#[test]
+fn a_state_that_does_not_fit_fails_its_job_only() {
+    let engine = engine(toy());
+    let memory = Some(Arc::new(Memory { consumed: 3, ..Memory::default() }));
+    let why = collect(submit(&engine, Job { memory, ..job("a") }), 1).expect_err("no segments");
+    assert!(why.contains("not a toy's state"), "{why}");
+    run(&engine, job("a"));
+}
+
+#[test]
+fn the_end_token_as_the_last_allowed_one_is_a_stop() {
+    let engine = engine(toy());
+    // A bias of 100 makes the end token the only possible one.
+    let mut ended = job("a");
+    ended.sampling.logit_bias = vec![(256, 100.0)];
+    ended.max_tokens = 1;
+    assert_eq!(run(&engine, ended).0, Answer { text: String::new(), finish: Finish::Stop, sampled: 1 });
+}
+
+#[test]
+fn a_dropped_handle_ends_what_runs() {
+    let engine = engine(Toy { end: None, ..toy() });
+    let events = submit(&engine, Job { max_tokens: u64::MAX, ..job("ab") });
+    drop(engine);
+    assert!(collect(events, 1).expect_err("it cannot have finished").contains("shutting down"));
+}

@@ -1,0 +1,228 @@
+//! Sessions: one head, one winner of every race, and nothing left of what was deleted.
+
+use std::sync::Arc;
+
+use rewake::state::{Archive, Commit, Error, InMemory, Local, Store};
+use rewake::types::{SessionId, TurnRecord};
+
+use super::support::store::{Failing, Op, Recording};
+use super::{id, made_by, session, snapshot, tenant, turn};
+
+fn in_memory() -> (Arc<InMemory>, Archive) {
+    let store = Arc::new(InMemory::default());
+    (store.clone(), Archive::new(store))
+}
+
+/// Commits `record` on top of the present head, its state (made by the session) kept first; the turn's number.
+async fn run(archive: &Archive, session: &SessionId, record: &TurnRecord) -> u64 {
+    let head = archive.head(&tenant("a"), session).await.unwrap();
+    let mut state = made_by(0, session);
+    state.head.id = record.state.clone().unwrap();
+    archive.keep(Arc::new(state)).await.unwrap();
+    assert_eq!(archive.commit(&tenant("a"), session, &head, record).await.unwrap(), Commit::Committed);
+    head.next()
+}
+
+/// Which of the states 0 to 9 exist.
+async fn states(archive: &Archive) -> Vec<u64> {
+    let mut there = Vec::new();
+    for n in 0..10 {
+        if archive.load(&tenant("a"), &id(n), 0).await.unwrap().is_some() {
+            there.push(n);
+        }
+    }
+    there
+}
+
+/// The numbers and seeds (which tell the turns of a test apart) of a session's turns.
+async fn turns(archive: &Archive, session: &SessionId, after: u64, limit: usize) -> (Vec<(u64, u64)>, bool) {
+    let listed = archive.turns(&tenant("a"), session, after, limit).await.unwrap().unwrap();
+    (listed.data.iter().map(|e| (e.turn, e.record.seed)).collect(), listed.has_more)
+}
+
+#[tokio::test]
+async fn turns_follow_one_another_and_survive_closing() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, s) = (tenant("a"), session("s"));
+    let archive = Archive::new(Arc::new(Local::open(folder.path()).await.unwrap()));
+    let head = archive.head(&a, &s).await.unwrap();
+    assert_eq!((head.next(), head.live), (1, None));
+    assert_eq!(archive.turns(&a, &s, 0, 9).await.unwrap(), None);
+    for n in 1..=5 {
+        assert_eq!(run(&archive, &s, &turn(n)).await, n);
+    }
+    drop(archive);
+    let archive = Archive::new(Arc::new(Local::open(folder.path()).await.unwrap()));
+    let head = archive.head(&a, &s).await.unwrap();
+    let entry = head.live.clone().unwrap();
+    assert_eq!((head.next(), entry.turn, entry.first, entry.began), (6, 5, 1, 101));
+    assert_eq!(entry.record, turn(5));
+    assert_eq!(turns(&archive, &s, 0, 2).await, (vec![(1, 1), (2, 2)], true));
+    assert_eq!(turns(&archive, &s, 2, 3).await, (vec![(3, 3), (4, 4), (5, 5)], false));
+    assert_eq!(turns(&archive, &s, 5, 3).await, (vec![], false));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn of_two_turns_on_one_head_one_is_committed() {
+    let folder = tempfile::tempdir().unwrap();
+    let archive = Archive::new(Arc::new(Local::open(folder.path()).await.unwrap()));
+    let (a, s) = (tenant("a"), session("s"));
+    for round in 1..=10 {
+        let head = archive.head(&a, &s).await.unwrap();
+        assert_eq!(head.next(), round);
+        let racers = (0..4).map(|n| {
+            let (archive, a, s, head) = (archive.clone(), a.clone(), s.clone(), head.clone());
+            tokio::spawn(async move { (n, archive.commit(&a, &s, &head, &turn(n)).await.unwrap()) })
+        });
+        let results = futures::future::join_all(racers).await.into_iter().map(Result::unwrap);
+        let won: Vec<u64> = results.filter(|(_, c)| *c == Commit::Committed).map(|(n, _)| n).collect();
+        assert_eq!(won.len(), 1);
+        assert_eq!(archive.head(&a, &s).await.unwrap().live.unwrap().record.seed, won[0]);
+    }
+}
+
+#[tokio::test]
+async fn a_record_without_a_state_is_not_a_turn() {
+    let (_, archive) = in_memory();
+    let (a, s) = (tenant("a"), session("s"));
+    let head = archive.head(&a, &s).await.unwrap();
+    let stateless = TurnRecord { state: None, ..turn(1) };
+    assert!(matches!(archive.commit(&a, &s, &head, &stateless).await, Err(Error::Unfit { .. })));
+    assert_eq!(archive.head(&a, &s).await.unwrap(), head);
+}
+
+#[tokio::test]
+async fn a_deleted_session_is_gone_with_its_states_and_its_name_can_begin_again() {
+    let (store, archive) = in_memory();
+    let (a, s) = (tenant("a"), session("s"));
+    assert!(!archive.delete(&a, &s, 200).await.unwrap());
+    run(&archive, &s, &turn(1)).await;
+    run(&archive, &s, &turn(2)).await;
+    let before = archive.head(&a, &s).await.unwrap();
+    assert!(archive.delete(&a, &s, 200).await.unwrap());
+    assert!(!archive.delete(&a, &s, 201).await.unwrap());
+
+    assert_eq!(states(&archive).await, [0; 0]);
+    assert_eq!(archive.turns(&a, &s, 0, 9).await.unwrap(), None);
+    assert_eq!(archive.sessions(&a, None, 9).await.unwrap().data, []);
+    let head = archive.head(&a, &s).await.unwrap();
+    assert_eq!((head.next(), &head.live), (4, &None));
+    assert_eq!(store.children("t/a/sessions/s", None, 9).await.unwrap(), ["000000000003"], "only the tombstone stays");
+    assert_eq!(archive.commit(&a, &s, &before, &turn(3)).await.unwrap(), Commit::Taken, "a turn that was running");
+
+    assert_eq!(run(&archive, &s, &turn(7)).await, 4);
+    assert_eq!(run(&archive, &s, &turn(8)).await, 5);
+    let entry = archive.head(&a, &s).await.unwrap().live.unwrap();
+    assert_eq!((entry.first, entry.began), (4, 107));
+    assert_eq!(turns(&archive, &s, 0, 9).await, (vec![(4, 7), (5, 8)], false));
+    assert_eq!(turns(&archive, &s, 0, 1).await, (vec![(4, 7)], true));
+
+    // Sweeping again finds nothing of the new life.
+    archive.sweep(&a, &s).await.unwrap();
+    assert_eq!(states(&archive).await, [7, 8]);
+    assert!(archive.delete(&a, &s, 300).await.unwrap());
+    assert_eq!(states(&archive).await, [0; 0]);
+    assert_eq!(store.children("t/a/sessions/s", None, 9).await.unwrap(), ["000000000003", "000000000006"]);
+}
+
+#[tokio::test]
+async fn the_tombstone_is_durable_before_anything_is_removed() {
+    let store = Arc::new(Recording::new(InMemory::default()));
+    let archive = Archive::new(store.clone());
+    let (a, s) = (tenant("a"), session("s"));
+    run(&archive, &s, &turn(1)).await;
+    store.forget();
+    archive.delete(&a, &s, 200).await.unwrap();
+    let changes: Vec<Op> =
+        store.log().into_iter().filter(|op| matches!(op, Op::PutDone(..) | Op::Deleted(_))).collect();
+    let keys: Vec<&str> = changes.iter().map(Op::key).collect();
+    let state = format!("t/a/states/{}", id(1));
+    // A record goes after the state it names.
+    assert_eq!(keys, ["t/a/sessions/s/000000000002", &state, "t/a/sessions/s/000000000001"]);
+}
+
+#[tokio::test]
+async fn an_interrupted_deletion_hides_and_can_be_finished() {
+    let store = Arc::new(Failing::new(InMemory::default()));
+    store.fail(false);
+    let archive = Archive::new(store.clone());
+    let (a, s) = (tenant("a"), session("s"));
+    run(&archive, &s, &turn(1)).await;
+    assert!(archive.bury(&a, &s, 200).await.unwrap());
+    store.fail(true);
+    assert!(archive.sweep(&a, &s).await.is_err());
+    assert_eq!(archive.head(&a, &s).await.unwrap().live, None);
+    assert_eq!(states(&archive).await, [1]);
+    store.fail(false);
+    assert!(!archive.delete(&a, &s, 300).await.unwrap());
+    assert_eq!(states(&archive).await, [0; 0]);
+}
+
+#[tokio::test]
+async fn states_that_others_need_outlive_the_session() {
+    let (_, archive) = in_memory();
+    let (a, s, fork) = (tenant("a"), session("s"), session("fork"));
+    // A free-standing state that the session took as its first, then two turns of its own.
+    archive.keep(Arc::new(snapshot(1))).await.unwrap();
+    archive.commit(&a, &s, &archive.head(&a, &s).await.unwrap(), &turn(1)).await.unwrap();
+    run(&archive, &s, &turn(2)).await;
+    run(&archive, &s, &turn(3)).await;
+    // A fork names state 2 and goes on by itself; a rewind names state 2 again.
+    archive.commit(&a, &fork, &archive.head(&a, &fork).await.unwrap(), &turn(2)).await.unwrap();
+    run(&archive, &fork, &turn(5)).await;
+    archive.commit(&a, &s, &archive.head(&a, &s).await.unwrap(), &turn(2)).await.unwrap();
+
+    assert!(archive.delete(&a, &s, 200).await.unwrap());
+    assert_eq!(states(&archive).await, [1, 2, 5]);
+    assert_eq!(turns(&archive, &fork, 0, 9).await, (vec![(1, 2), (2, 5)], false));
+    assert!(archive.delete(&a, &fork, 200).await.unwrap());
+    assert_eq!(states(&archive).await, [1], "the last session that named state 2 took it along");
+}
+
+#[tokio::test]
+async fn a_damaged_session_can_be_deleted() {
+    let (store, archive) = in_memory();
+    let (a, s) = (tenant("a"), session("s"));
+    run(&archive, &s, &turn(1)).await;
+    store.put_if_absent("t/a/sessions/s/000000000002", "not a record".into()).await.unwrap();
+    let Err(Error::Damaged { key, .. }) = archive.head(&a, &s).await else { panic!("damage went unnoticed") };
+    assert_eq!(key, "t/a/sessions/s/000000000002");
+    assert!(archive.delete(&a, &s, 200).await.unwrap());
+    assert_eq!(archive.head(&a, &s).await.unwrap().next(), 4);
+    assert_eq!(states(&archive).await, [0; 0]);
+    assert_eq!(store.children("t/a/sessions/s", None, 9).await.unwrap(), ["000000000003"]);
+}
+
+#[tokio::test]
+async fn a_record_moved_to_another_number_is_damage() {
+    let (store, archive) = in_memory();
+    let (a, s) = (tenant("a"), session("s"));
+    run(&archive, &s, &turn(1)).await;
+    let record = store.get("t/a/sessions/s/000000000001").await.unwrap().unwrap();
+    store.put_if_absent("t/a/sessions/s/000000000002", record).await.unwrap();
+    assert!(matches!(archive.head(&a, &s).await, Err(Error::Damaged { .. })));
+}
+
+#[tokio::test]
+async fn sessions_are_listed_by_name_without_the_deleted() {
+    let (store, archive) = in_memory();
+    let a = tenant("a");
+    for (n, name) in ["b", "d", "a", "c", "..", "B"].into_iter().enumerate() {
+        run(&archive, &session(name), &turn(n as u64)).await;
+    }
+    archive.delete(&a, &session("b"), 200).await.unwrap();
+    store.put_if_absent("t/a/sessions/broken/000000000001", "no record".into()).await.unwrap();
+    store.put_if_absent("t/a/sessions/a/000000000009.bak", "a stranger".into()).await.unwrap();
+    let page = async |after: Option<&str>, limit| {
+        let listed = archive.sessions(&a, after.map(session).as_ref(), limit).await.unwrap();
+        let names: Vec<String> = listed.data.iter().map(|(id, _)| id.to_string()).collect();
+        (names.join(" "), listed.has_more)
+    };
+    assert_eq!(page(None, 9).await, (".. B a c d".into(), false));
+    assert_eq!(page(None, 2).await, (".. B".into(), true));
+    assert_eq!(page(Some("B"), 2).await, ("a c".into(), true));
+    assert_eq!(page(Some("c"), 2).await, ("d".into(), false));
+    assert_eq!(page(Some("a"), 0).await, (String::new(), true));
+    let listed = archive.sessions(&a, None, 9).await.unwrap();
+    assert_eq!((listed.data[2].1.turn, listed.data[2].1.record.seed), (1, 2));
+}
