@@ -1,2 +1,9 @@
+pub mod engine;
 pub mod model;
+pub mod sample;
+pub mod scheduler;
+pub mod session;
+pub mod state;
+pub mod telemetry;
+pub mod text;
 pub mod types;

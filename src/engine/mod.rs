@@ -19,6 +19,7 @@ use crate::scheduler::Limits;
 use crate::text::{Tokenizer, Trim};
 use crate::types::{Finish, Memory, Sampling, Tenant};
 
+pub use crate::model::ARITHMETIC;
 pub use backend::{Backend, ModelBackend};
 
 /// Some choices of one prompt.

@@ -1,0 +1,265 @@
+//! L3: use-cases. Resume a state, tokenise only what is new, submit it, stream, keep the child, commit the turn.
+
+mod keep;
+mod prompt;
+mod queries;
+mod run;
+mod turn;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::engine;
+use crate::state::{self, Archive};
+use crate::text::{Profile, Tokenizer};
+use crate::types::{Message, Sampling, SessionId, StateId, Tenant, TurnUsage};
+
+pub use turn::{Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
+
+/// What is known of a served model.
+#[derive(Clone, Debug)]
+pub struct ModelCard {
+    /// Served name.
+    pub id: String,
+    pub aliases: Vec<String>,
+    /// Unix seconds when it was loaded.
+    pub created: u64,
+    /// `v7`, …
+    pub generation: String,
+    pub layers: usize,
+    pub width: usize,
+    /// Rows of the head: every valid token id is below it.
+    pub vocabulary: usize,
+    pub parameters: u64,
+    /// Bytes of the recurrent state of one sequence.
+    pub state_bytes: u64,
+    pub fingerprint: String,
+    pub tokenizer: String,
+    pub template: String,
+    pub stop: Vec<String>,
+    pub stop_tokens: Vec<u32>,
+    /// The profile's sampling defaults.
+    pub sampling: Sampling,
+}
+
+/// A page of a listing, oldest first.
+#[derive(Clone, Debug)]
+pub struct Page {
+    pub limit: usize,
+    /// Only what comes after this id.
+    pub after: Option<String>,
+}
+
+/// One page and whether more follows.
+#[derive(Clone, Debug)]
+pub struct Listing<T> {
+    pub data: Vec<T>,
+    pub has_more: bool,
+}
+
+/// Metadata of a stored state.
+#[derive(Clone, Debug)]
+pub struct StateInfo {
+    pub id: StateId,
+    pub model: String,
+    pub parent: Option<StateId>,
+    pub session_id: Option<SessionId>,
+    pub turn: u64,
+    pub tokens: u64,
+    pub bytes: u64,
+    pub created: u64,
+    pub expires_at: Option<u64>,
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// Metadata of a session.
+#[derive(Clone, Debug)]
+pub struct SessionInfo {
+    pub id: SessionId,
+    pub model: String,
+    pub head: StateId,
+    pub turn: u64,
+    pub tokens: u64,
+    pub bytes: u64,
+    pub created: u64,
+    pub updated: u64,
+}
+
+/// One committed turn of a session.
+#[derive(Clone, Debug)]
+pub struct TurnInfo {
+    pub state: StateId,
+    pub parent: Option<StateId>,
+    pub turn: u64,
+    pub response_id: String,
+    /// Chat: what was sent and, last, the answer. Empty for a completion.
+    pub messages: Vec<Message>,
+    /// Completion: the prompt and the answer.
+    pub text: Option<String>,
+    /// The ids this turn added to the sequence.
+    pub token_ids: Vec<u32>,
+    pub takes_back: usize,
+    pub usage: TurnUsage,
+    pub created: u64,
+}
+
+/// Whether the server takes new work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    Loading,
+    Ready,
+    Draining,
+}
+
+/// What a turn may ask of the models.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TurnLimits {
+    /// New tokens of a chat answer that does not say how many it wants.
+    pub default_max_tokens: u64,
+    /// New tokens that can be asked for.
+    pub max_tokens: u64,
+    /// Tokens of what is new in a prompt.
+    pub prompt_tokens: usize,
+}
+
+impl Default for TurnLimits {
+    fn default() -> Self {
+        Self { default_max_tokens: 2048, max_tokens: 1_000_000, prompt_tokens: 1_000_000 }
+    }
+}
+
+/// A loaded model, ready for turns.
+pub struct Model {
+    pub card: ModelCard,
+    pub engine: engine::Handle,
+    pub text: Arc<dyn Tokenizer>,
+    pub profile: Profile,
+    /// Choices that can run at once.
+    pub seats: usize,
+}
+
+/// The use-cases, for every model and tenant of this server.
+pub struct Sessions {
+    /// The first is the default. Set once they are loaded.
+    models: OnceLock<Vec<Arc<Model>>>,
+    archive: Archive,
+    limits: TurnLimits,
+    /// Seconds that a state is kept when the request does not say; `None` = until it is deleted.
+    default_ttl_s: Option<u64>,
+    draining: AtomicBool,
+    /// Turns under way.
+    turns: TaskTracker,
+    /// Ends them when their time is up.
+    stop: CancellationToken,
+    busy: Busy,
+}
+
+impl Sessions {
+    /// Use-cases over stored states, before any model is loaded.
+    pub fn new(archive: Archive, limits: TurnLimits, default_ttl_s: Option<u64>) -> Self {
+        Self {
+            models: OnceLock::new(),
+            archive,
+            limits,
+            default_ttl_s,
+            draining: AtomicBool::new(false),
+            turns: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            busy: Busy::default(),
+        }
+    }
+
+    /// Begins to serve these models; the first is the default. Only the first call counts.
+    pub fn open(&self, models: Vec<Model>) {
+        // A second call would change the meaning of running turns; there is none.
+        let _ = self.models.set(models.into_iter().map(Arc::new).collect());
+    }
+
+    pub fn readiness(&self) -> Readiness {
+        match (self.draining.load(Ordering::Acquire), self.models.get()) {
+            (true, _) => Readiness::Draining,
+            (false, None) => Readiness::Loading,
+            (false, Some(_)) => Readiness::Ready,
+        }
+    }
+
+    /// Refuses new turns from now on.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+        self.turns.close();
+    }
+
+    /// Waits for the running turns to end, and ends them when `deadline` is over. After [`drain`](Self::drain).
+    pub async fn finish(&self, deadline: Duration) {
+        if tokio::time::timeout(deadline, self.turns.wait()).await.is_err() {
+            tracing::warn!(turns = self.turns.len(), "ending turns that did not finish in time");
+            self.stop.cancel();
+            self.turns.wait().await;
+        }
+    }
+
+    /// Every served model, the default first.
+    pub fn models(&self) -> Vec<ModelCard> {
+        self.models.get().into_iter().flatten().map(|m| m.card.clone()).collect()
+    }
+
+    /// The model of this name or alias, or the default one.
+    pub fn model(&self, name: Option<&str>) -> Result<ModelCard, Error> {
+        self.find(name).map(|m| m.card.clone())
+    }
+
+    fn find(&self, name: Option<&str>) -> Result<&Arc<Model>, Error> {
+        if self.draining.load(Ordering::Acquire) {
+            return Err(Error::Draining);
+        }
+        let models = self.models.get().ok_or(Error::Loading)?;
+        let named = |name: &str| models.iter().find(|m| m.card.id == name || m.card.aliases.iter().any(|a| a == name));
+        match name {
+            Some(name) => named(name).ok_or_else(|| Error::ModelNotFound(name.into())),
+            None => models.first().ok_or_else(|| Error::ModelNotFound("default".into())),
+        }
+    }
+}
+
+/// Which sessions run a turn in this process.
+#[derive(Clone, Default)]
+struct Busy(Arc<Mutex<BTreeSet<(Tenant, SessionId)>>>);
+
+/// The right to run a turn of a session, given back when dropped.
+struct Turnstile {
+    busy: Busy,
+    key: (Tenant, SessionId),
+}
+
+impl Busy {
+    fn enter(&self, tenant: &Tenant, session: &SessionId) -> Result<Turnstile, Error> {
+        let key = (tenant.clone(), session.clone());
+        if !self.lock().insert(key.clone()) {
+            return Err(Error::SessionBusy(session.clone()));
+        }
+        Ok(Turnstile { busy: self.clone(), key })
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeSet<(Tenant, SessionId)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Turnstile {
+    fn drop(&mut self) {
+        self.busy.lock().remove(&self.key);
+    }
+}
+
+impl From<state::Error> for Error {
+    fn from(error: state::Error) -> Self {
+        Error::Store(error.to_string())
+    }
+}

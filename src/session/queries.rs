@@ -1,0 +1,128 @@
+//! Listing, showing and deleting states, sessions and turns.
+
+use super::{Error, Listing, Page, SessionInfo, Sessions, StateInfo, TurnInfo};
+use crate::state::{self, Entry, Info, Listed, Wanted};
+use crate::telemetry::clock;
+use crate::types::{Message, Role, SessionId, StateId, Tenant};
+
+impl Sessions {
+    /// The tenant's states, oldest first, of one session or of all.
+    pub async fn states(
+        &self,
+        tenant: &Tenant,
+        session: Option<&SessionId>,
+        page: Page,
+    ) -> Result<Listing<StateInfo>, Error> {
+        let after = page.after.map(|id| after(StateId::parse(id))).transpose()?;
+        let wanted = Wanted { session: session.cloned(), after, limit: page.limit };
+        Ok(listing(self.archive.list(tenant, &wanted, clock::unix_seconds()).await?, state_info))
+    }
+
+    pub async fn state(&self, tenant: &Tenant, id: &StateId) -> Result<StateInfo, Error> {
+        match self.archive.info(tenant, id, clock::unix_seconds()).await {
+            Ok(Some(info)) => Ok(state_info(info)),
+            Ok(None) => Err(Error::StateNotFound(id.clone())),
+            Err(state::Error::Damaged { why, .. }) => Err(Error::StateDamaged(id.clone(), why)),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    pub async fn delete_state(&self, tenant: &Tenant, id: &StateId) -> Result<(), Error> {
+        if self.archive.remove(tenant, id).await? { Ok(()) } else { Err(Error::StateNotFound(id.clone())) }
+    }
+
+    /// The tenant's sessions, by name.
+    pub async fn sessions(&self, tenant: &Tenant, page: Page) -> Result<Listing<SessionInfo>, Error> {
+        let after = page.after.map(|id| after(SessionId::parse(id))).transpose()?;
+        let listed = self.archive.sessions(tenant, after.as_ref(), page.limit).await?;
+        let has_more = listed.has_more;
+        let data = listed.data.into_iter().filter_map(|(id, entry)| session_info(id, entry)).collect();
+        Ok(Listing { data, has_more })
+    }
+
+    pub async fn session(&self, tenant: &Tenant, id: &SessionId) -> Result<SessionInfo, Error> {
+        let head = self.archive.head(tenant, id).await?.live;
+        head.and_then(|entry| session_info(id.clone(), entry)).ok_or_else(|| Error::SessionNotFound(id.clone()))
+    }
+
+    /// A session's turns, oldest first; `page.after` is the state id of one of them.
+    pub async fn turns(&self, tenant: &Tenant, id: &SessionId, page: Page) -> Result<Listing<TurnInfo>, Error> {
+        let not_found = || Error::SessionNotFound(id.clone());
+        let after = match page.after {
+            None => 0,
+            Some(state) => {
+                let state = after(StateId::parse(state))?;
+                let all = self.archive.turns(tenant, id, 0, usize::MAX).await?.ok_or_else(not_found)?;
+                let turn = all.data.into_iter().find(|entry| entry.record.state.as_ref() == Some(&state));
+                turn.ok_or(Error::StateNotFound(state))?.turn
+            }
+        };
+        let turns = self.archive.turns(tenant, id, after, page.limit).await?.ok_or_else(not_found)?;
+        let has_more = turns.has_more;
+        Ok(Listing { data: turns.data.into_iter().filter_map(turn_info).collect(), has_more })
+    }
+
+    /// Ends a session at once and removes its states, but for those other sessions have.
+    pub async fn delete_session(&self, tenant: &Tenant, id: &SessionId) -> Result<(), Error> {
+        let deleted = self.archive.delete(tenant, id, clock::unix_seconds()).await?;
+        if deleted { Ok(()) } else { Err(Error::SessionNotFound(id.clone())) }
+    }
+}
+
+fn after<T>(id: Result<T, crate::types::IdError>) -> Result<T, Error> {
+    id.map_err(|e| Error::Invalid { param: "after", code: None, message: e.to_string() })
+}
+
+fn listing<A, B>(listed: Listed<A>, convert: impl Fn(A) -> B) -> Listing<B> {
+    Listing { data: listed.data.into_iter().map(convert).collect(), has_more: listed.has_more }
+}
+
+fn state_info(Info { head, tokens, bytes }: Info) -> StateInfo {
+    StateInfo {
+        id: head.id,
+        model: head.model,
+        parent: head.parent,
+        session_id: head.session,
+        turn: head.turn,
+        tokens,
+        bytes,
+        created: head.created,
+        expires_at: head.expires_at,
+        metadata: head.metadata,
+    }
+}
+
+fn session_info(id: SessionId, entry: Entry) -> Option<SessionInfo> {
+    Some(SessionInfo {
+        id,
+        turn: entry.turn - entry.first + 1,
+        model: entry.record.model,
+        head: entry.record.state?,
+        tokens: entry.record.tokens,
+        bytes: entry.record.bytes,
+        created: entry.began,
+        updated: entry.record.created,
+    })
+}
+
+fn turn_info(entry: Entry) -> Option<TurnInfo> {
+    let record = entry.record;
+    let mut messages = record.messages;
+    let mut text = record.text;
+    match &mut text {
+        Some(text) => text.push_str(&record.answer),
+        None => messages.push(Message { role: Role::Assistant, content: record.answer, name: None }),
+    }
+    Some(TurnInfo {
+        state: record.state?,
+        parent: record.parent,
+        turn: entry.turn - entry.first + 1,
+        response_id: record.response_id,
+        messages,
+        text,
+        token_ids: record.ids,
+        takes_back: record.takes_back,
+        usage: record.usage,
+        created: record.created,
+    })
+}

@@ -1,0 +1,327 @@
+//! Running a turn: resume, read what is new, stream, keep.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures::stream::{self, SelectAll, StreamExt};
+use tokio::sync::mpsc;
+
+use super::keep::{Keeper, Parent};
+use super::prompt::{self, Reading};
+use super::{Error, Event, Input, Model, Running, Sessions, Start, Turn, Turnstile};
+use crate::engine::{self, Job, Permit};
+use crate::state::Head;
+use crate::telemetry::clock;
+use crate::text::Trim;
+use crate::types::{Memory, SessionId, StateId, Tenant};
+
+/// Events that wait for a slow reader before the turn's task does.
+const BACKLOG: usize = 64;
+
+/// Where a turn begins, read from the archive.
+struct Origin {
+    /// `None` = a fresh sequence.
+    parent: Option<Parent>,
+    session: Option<Session>,
+}
+
+/// The session a turn belongs to.
+pub(super) struct Session {
+    pub id: SessionId,
+    pub head: Head,
+    /// Nobody else runs a turn of it here meanwhile.
+    pub _turnstile: Turnstile,
+}
+
+impl Sessions {
+    /// Runs a turn. Everything that can be refused is refused here, before the first event.
+    pub async fn start(&self, turn: Turn) -> Result<Running, Error> {
+        let model = self.find(turn.model.as_deref())?.clone();
+        let origin = self.origin(&turn, &model).await?;
+        if let Some(replayed) = self.replay(&turn, &model, &origin) {
+            return Ok(replayed);
+        }
+        if turn.initial_state.as_ref().is_some_and(|_| origin.parent.is_some()) {
+            return invalid("initial_state", "a state or session that exists has its own beginning; leave initial_state out");
+        }
+        if let Some(name) = &turn.initial_state {
+            return invalid("initial_state", &format!("no initial state `{name}` is configured for this model"));
+        }
+        if origin.parent.is_none() && turn.input == Input::Chat(Vec::new()) {
+            return invalid("messages", "there is nothing to answer: messages may be empty only when a conversation goes on");
+        }
+        let memory = origin.parent.as_ref().map(|p| p.memory.clone());
+        let readings = prompt::read(&model, &turn.input, memory.as_deref())?;
+        let max_tokens = self.check(&turn, &readings)?;
+
+        let jobs = jobs(&turn, &model, &readings, memory, max_tokens);
+        if jobs.len() > model.engine.capacity() {
+            let most = model.engine.capacity();
+            return invalid("n", &format!("this asks for more answers at once than the {most} the server has room for"));
+        }
+        let permits =
+            model.engine.reserve(jobs.len()).map_err(|full| Error::Full { retry_after: full.retry_after })?;
+
+        let consumed = origin.parent.as_ref().map_or(0, |p| p.memory.consumed);
+        let (events, receiver) = mpsc::channel(BACKLOG);
+        let created = clock::unix_seconds();
+        let running = Running {
+            model: model.card.id.clone(),
+            fingerprint: model.card.fingerprint.clone(),
+            created,
+            seed: turn.sampling.seed,
+            prompt_tokens: readings.iter().map(|r| consumed + r.ids.len() as u64).sum(),
+            cached_tokens: consumed * readings.len() as u64,
+            choices: readings.len() * turn.choices,
+            events: receiver,
+        };
+        let keeper = Keeper {
+            archive: self.archive.clone(),
+            model: model.clone(),
+            parent: origin.parent,
+            session: origin.session,
+            created,
+            expires_at: turn.ttl_s.or(self.default_ttl_s).map(|s| created.saturating_add(s)),
+            prompt_tokens: consumed + readings.first().map_or(0, |r| r.ids.len() as u64),
+            turn,
+        };
+        let stop = self.stop.clone();
+        self.turns.spawn(async move {
+            let outputs = submit(&model, jobs, permits);
+            tokio::select! {
+                () = forward(outputs, &keeper, &events) => {}
+                () = stop.cancelled() => {
+                    let _ = events.try_send(Event::Failed(Error::Draining));
+                }
+            }
+        });
+        Ok(running)
+    }
+
+    /// Reads where the turn begins.
+    async fn origin(&self, turn: &Turn, model: &Model) -> Result<Origin, Error> {
+        match &turn.start {
+            Start::Fresh => Ok(Origin { parent: None, session: None }),
+            Start::State(id) => {
+                let parent = self.parent(&turn.tenant, id, model).await?;
+                let parent = parent.ok_or_else(|| Error::StateNotFound(id.clone()))?;
+                Ok(Origin { parent: Some(parent), session: None })
+            }
+            Start::Session { id, if_match } => {
+                let turnstile = self.busy.enter(&turn.tenant, id)?;
+                let head = self.archive.head(&turn.tenant, id).await?;
+                let state = head.live.as_ref().and_then(|entry| entry.record.state.clone());
+                if let Some(expected) = if_match
+                    && state.as_ref() != Some(expected)
+                {
+                    let head = state.map_or_else(|| "not there yet".into(), |s| s.to_string());
+                    return Err(Error::SessionConflict { session: id.clone(), head });
+                }
+                let parent = match &state {
+                    None => None,
+                    Some(state) => Some(match self.parent(&turn.tenant, state, model).await {
+                        Ok(Some(parent)) => parent,
+                        // The log is the truth; the snapshot is its cache.
+                        Ok(None) | Err(Error::StateDamaged(..)) => self.reread(&turn.tenant, id, &head, model).await?,
+                        Err(e) => return Err(e),
+                    }),
+                };
+                Ok(Origin { parent, session: Some(Session { id: id.clone(), head, _turnstile: turnstile }) })
+            }
+        }
+    }
+
+    /// The stored state `id`, if it is there and of this model.
+    async fn parent(&self, tenant: &Tenant, id: &StateId, model: &Model) -> Result<Option<Parent>, Error> {
+        let now = clock::unix_seconds();
+        let loaded = self.archive.load(tenant, id, now).await;
+        let snapshot = match loaded {
+            Ok(Some(snapshot)) => snapshot,
+            Ok(None) => return Ok(None),
+            Err(crate::state::Error::Damaged { why, .. }) => {
+                tracing::error!(state = %id, why, "a stored state is damaged");
+                return Err(Error::StateDamaged(id.clone(), why));
+            }
+            Err(e) => return Err(e.into()),
+        };
+        if snapshot.head.fingerprint != model.card.fingerprint {
+            let state_model = snapshot.head.model;
+            return Err(Error::StateModelMismatch { state_model, model: model.card.id.clone() });
+        }
+        Ok(Some(Parent { id: id.clone(), turn: snapshot.head.turn, memory: Arc::new(snapshot.memory) }))
+    }
+
+    /// A session's sequence from its token log, to be read again because its snapshot is gone.
+    async fn reread(&self, tenant: &Tenant, id: &SessionId, head: &Head, model: &Model) -> Result<Parent, Error> {
+        let entry = head.live.as_ref().ok_or_else(|| Error::SessionNotFound(id.clone()))?;
+        let state = entry.record.state.clone().ok_or_else(|| Error::SessionNotFound(id.clone()))?;
+        if entry.record.fingerprint != model.card.fingerprint {
+            let state_model = entry.record.model.clone();
+            return Err(Error::StateModelMismatch { state_model, model: model.card.id.clone() });
+        }
+        let turns = self.archive.turns(tenant, id, 0, usize::MAX).await?;
+        let turns = turns.ok_or_else(|| Error::SessionNotFound(id.clone()))?.data;
+        let mut ids: Vec<u32> = Vec::new();
+        for turn in &turns {
+            ids.truncate(ids.len().saturating_sub(turn.record.takes_back));
+            ids.extend(&turn.record.ids);
+        }
+        // A session that began from a foreign state has a log that begins in the middle.
+        if ids.len() as u64 != entry.record.tokens {
+            return Err(Error::StateNotFound(state));
+        }
+        tracing::warn!(session = %id, state = %state, tokens = ids.len(), "reading a session again: its snapshot is gone");
+        let pending = crate::types::Pending { ends: ids, ..Default::default() };
+        let memory = Arc::new(Memory { pending, ..Memory::default() });
+        Ok(Parent { id: state, turn: entry.turn - entry.first + 1, memory })
+    }
+
+    /// Checks a turn against the limits; gives its number of new tokens.
+    fn check(&self, turn: &Turn, readings: &[Reading]) -> Result<u64, Error> {
+        let max_tokens = turn.max_tokens.unwrap_or(self.limits.default_max_tokens.min(self.limits.max_tokens));
+        if max_tokens > self.limits.max_tokens {
+            let most = self.limits.max_tokens;
+            return invalid("max_tokens", &format!("at most {most} new tokens can be asked for, not {max_tokens}"));
+        }
+        if let Some(long) = readings.iter().find(|r| r.ids.len() > self.limits.prompt_tokens) {
+            let (n, most) = (long.ids.len(), self.limits.prompt_tokens);
+            let param = if matches!(turn.input, Input::Chat(_)) { "messages" } else { "prompt" };
+            return Err(Error::Invalid {
+                param,
+                code: Some("context_length_exceeded"),
+                message: format!("the prompt has {n} tokens and at most {most} are read at once"),
+            });
+        }
+        Ok(max_tokens)
+    }
+
+    /// The committed turn that a retried request already ran, if its session ended with it.
+    fn replay(&self, turn: &Turn, model: &Model, origin: &Origin) -> Option<Running> {
+        let key = turn.idempotency_key.as_ref()?;
+        let entry = origin.session.as_ref()?.head.live.as_ref()?;
+        let record = entry.record.clone();
+        if record.idempotency_key.as_ref() != Some(key) {
+            return None;
+        }
+        let (events, receiver) = mpsc::channel(2);
+        if !record.answer.is_empty() {
+            events.try_send(Event::Text { choice: 0, text: record.answer }).expect("room for two");
+        }
+        let receipt = super::StateReceipt {
+            id: record.state?,
+            parent: record.parent,
+            session_id: origin.session.as_ref().map(|s| s.id.clone()),
+            turn: entry.turn - entry.first + 1,
+            tokens: record.tokens,
+            bytes: record.bytes,
+            expires_at: record.expires_at,
+        };
+        let done = Event::Done {
+            choice: 0,
+            finish: record.finish?,
+            completion_tokens: record.usage.completion_tokens,
+            stored: Some(Ok(receipt)),
+        };
+        events.try_send(done).expect("room for two");
+        Some(Running {
+            model: record.model,
+            fingerprint: model.card.fingerprint.clone(),
+            created: record.created,
+            seed: record.seed,
+            prompt_tokens: record.usage.prompt_tokens,
+            cached_tokens: record.usage.cached_tokens,
+            choices: 1,
+            events: receiver,
+        })
+    }
+}
+
+fn invalid<T>(param: &'static str, message: &str) -> Result<T, Error> {
+    Err(Error::Invalid { param, code: None, message: message.into() })
+}
+
+/// A job and the index of its first choice among the turn's.
+type Placed = (Job, usize);
+
+/// The turn's jobs: one for each prompt, but as many as needed where its choices cannot run in one.
+fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Memory>>, max_tokens: u64) -> Vec<Placed> {
+    let chat = matches!(turn.input, Input::Chat(_));
+    let mut stop = turn.stop.clone();
+    if chat {
+        stop.extend(model.profile.stop.iter().cloned());
+    }
+    let mut jobs = Vec::new();
+    for (prompt, reading) in readings.iter().enumerate() {
+        // A response that goes on may still have to be taken back, each choice's by itself.
+        let together = if reading.goes_on { 1 } else { turn.choices.min(model.seats) };
+        for first_choice in (0..turn.choices).step_by(together) {
+            let job = Job {
+                tenant: turn.tenant.clone(),
+                // Nothing of a memory that has read nothing is restored.
+                memory: memory.clone().filter(|m| m.consumed > 0),
+                ids: reading.ids.clone(),
+                goes_on: reading.goes_on,
+                choices: together.min(turn.choices - first_choice),
+                first_choice,
+                sampling: turn.sampling.clone(),
+                stop: stop.clone(),
+                stop_tokens: model.profile.stop_tokens.clone(),
+                trim: Trim { start: chat, end: chat },
+                max_tokens,
+                keep: turn.store,
+            };
+            jobs.push((job, prompt * turn.choices + first_choice));
+        }
+    }
+    jobs
+}
+
+/// The events of all jobs, each with the index of its job's first choice.
+type Outputs = SelectAll<stream::BoxStream<'static, (usize, engine::Event)>>;
+
+fn submit(model: &Model, jobs: Vec<Placed>, permits: Vec<Permit>) -> Outputs {
+    let submit = |((job, first), permit): (Placed, Permit)| {
+        let mut events = model.engine.submit(job, permit);
+        stream::poll_fn(move |cx| events.poll_recv(cx)).map(move |event| (first, event)).boxed()
+    };
+    jobs.into_iter().zip(permits).map(submit).collect()
+}
+
+/// Passes the jobs' events on, keeping what is to be kept before it is announced, until all are done or nobody listens.
+async fn forward(mut outputs: Outputs, keeper: &Keeper, events: &mpsc::Sender<Event>) {
+    let mut texts: BTreeMap<usize, String> = BTreeMap::new();
+    loop {
+        let next = tokio::select! {
+            biased;
+            () = events.closed() => return,
+            next = outputs.next() => next,
+        };
+        let event = match next {
+            None => return,
+            Some((first, engine::Event::Text { choice, text })) => {
+                if keeper.turn.store {
+                    texts.entry(first + choice).or_default().push_str(&text);
+                }
+                Event::Text { choice: first + choice, text }
+            }
+            Some((first, engine::Event::Done { choice, finish, sampled, kept })) => {
+                let choice = first + choice;
+                let stored = match kept {
+                    Some(kept) => {
+                        let answer = texts.remove(&choice).unwrap_or_default();
+                        Some(keeper.keep(*kept, answer, finish, sampled).await)
+                    }
+                    None => None,
+                };
+                Event::Done { choice, finish, completion_tokens: sampled, stored }
+            }
+            Some((_, engine::Event::Failed(why))) => {
+                let _ = events.send(Event::Failed(Error::Engine(why))).await;
+                return;
+            }
+        };
+        if events.send(event).await.is_err() {
+            return;
+        }
+    }
+}

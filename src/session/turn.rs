@@ -1,0 +1,148 @@
+//! What goes into a turn and what comes out of it: the language between the wire and the use-cases.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::types::{Finish, Message, Sampling, SessionId, StateId, Tenant};
+
+/// A validated request to generate.
+#[derive(Clone, Debug)]
+pub struct Turn {
+    pub tenant: Tenant,
+    /// `cmpl-…` or `chatcmpl-…`.
+    pub response_id: String,
+    /// `None` = the default model.
+    pub model: Option<String>,
+    pub start: Start,
+    pub input: Input,
+    /// Choices for each prompt.
+    pub choices: usize,
+    pub sampling: Sampling,
+    /// Stop strings of the request; the model profile's are added for chat.
+    pub stop: Vec<String>,
+    /// `None` = the configured default of this kind of request.
+    pub max_tokens: Option<u64>,
+    pub store: bool,
+    pub ttl_s: Option<u64>,
+    pub initial_state: Option<String>,
+    pub idempotency_key: Option<String>,
+}
+
+/// Where a turn begins.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Start {
+    Fresh,
+    State(StateId),
+    Session { id: SessionId, if_match: Option<StateId> },
+}
+
+/// What is new in a turn.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Input {
+    Prompts(Vec<Prompt>),
+    /// Empty only when the turn begins from a state or session: the response goes on.
+    Chat(Vec<Message>),
+}
+
+/// One prompt of a completion.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Prompt {
+    Text(String),
+    Ids(Vec<u32>),
+}
+
+/// A turn under way. Dropping it cancels the generation within one step.
+#[derive(Debug)]
+pub struct Running {
+    /// Served name of the model that answers.
+    pub model: String,
+    /// For `system_fingerprint`.
+    pub fingerprint: String,
+    /// Unix seconds.
+    pub created: u64,
+    /// The seed that was used.
+    pub seed: u64,
+    /// Over all prompts.
+    pub prompt_tokens: u64,
+    pub cached_tokens: u64,
+    /// Prompts × choices; choice `prompt * n + j`.
+    pub choices: usize,
+    pub(super) events: mpsc::Receiver<Event>,
+}
+
+impl Running {
+    /// The next event; `None` after the last choice is done or a failure was reported.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+}
+
+/// What a running turn reports.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Text to append to a choice; never empty, never part of a stop string, always whole characters.
+    Text { choice: usize, text: String },
+    /// A choice is complete and, if it was to be stored, durable.
+    Done {
+        choice: usize,
+        finish: Finish,
+        completion_tokens: u64,
+        stored: Option<Result<StateReceipt, StateError>>,
+    },
+    /// The turn failed after it had begun; nothing follows.
+    Failed(Error),
+}
+
+/// What a client learns of a state that was stored.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StateReceipt {
+    pub id: StateId,
+    pub parent: Option<StateId>,
+    pub session_id: Option<SessionId>,
+    pub turn: u64,
+    /// Total positions of the sequence.
+    pub tokens: u64,
+    pub bytes: u64,
+    pub expires_at: Option<u64>,
+}
+
+/// Why a state that was asked for could not be kept, though the answer arrived.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StateError {
+    pub code: &'static str,
+    pub message: String,
+}
+
+/// Why a use-case did not run. `api` maps each to the wire.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the model `{0}` does not exist; GET /v1/models lists what is served")]
+    ModelNotFound(String),
+    #[error("no state `{0}`: it never existed, has expired or was deleted")]
+    StateNotFound(StateId),
+    #[error("no session `{0}`")]
+    SessionNotFound(SessionId),
+    #[error("the state belongs to other weights (model `{state_model}`) than `{model}` serves; resume it with the model that made it")]
+    StateModelMismatch { state_model: String, model: String },
+    #[error("session `{0}` is running another turn; wait for it to end")]
+    SessionBusy(SessionId),
+    #[error("the head of session `{session}` is {head}, not what the turn was made conditional on")]
+    SessionConflict { session: SessionId, head: String },
+    /// The stored object is damaged.
+    #[error("state `{0}` is damaged and cannot be used: {1}")]
+    StateDamaged(StateId, String),
+    /// A request that passed the wire's validation but does not fit this model or these limits.
+    #[error("{message}")]
+    Invalid { param: &'static str, code: Option<&'static str>, message: String },
+    #[error("the server is at capacity; try again in {} s", .retry_after.as_secs_f32())]
+    Full { retry_after: Duration },
+    #[error("the model is still being loaded")]
+    Loading,
+    #[error("the server is shutting down")]
+    Draining,
+    #[error("the state store failed: {0}")]
+    Store(String),
+    #[error("the model failed: {0}")]
+    Engine(String),
+}

@@ -1,0 +1,214 @@
+//! Metrics as typed functions: a caller cannot misspell a name or forget a label.
+//!
+//! Before [`install`] every function does nothing. A call costs one look-up in a sharded map (about 0.1 µs).
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+pub use metrics_exporter_prometheus::PrometheusHandle;
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
+
+use super::Error;
+
+const REQUESTS: &str = "rewake_requests_total";
+const REQUEST_DURATION: &str = "rewake_request_duration_seconds";
+const TURNS: &str = "rewake_turns_total";
+const TOKENS_PROMPT: &str = "rewake_prompt_tokens_total";
+const TOKENS_CACHED: &str = "rewake_cached_tokens_total";
+const TOKENS_COMPLETION: &str = "rewake_completion_tokens_total";
+const FIRST_TOKEN: &str = "rewake_time_to_first_token_seconds";
+const BETWEEN_TOKENS: &str = "rewake_time_between_tokens_seconds";
+const QUEUE_WAITING: &str = "rewake_queue_waiting";
+const SEATS_RUNNING: &str = "rewake_seats_running";
+const SEATS_TOTAL: &str = "rewake_seats_total";
+const STEPS: &str = "rewake_steps_total";
+const STEP_TOKENS: &str = "rewake_step_tokens_total";
+const STEP_DURATION: &str = "rewake_step_duration_seconds";
+const STATES_STORED: &str = "rewake_states_stored_total";
+const STATES_FAILED: &str = "rewake_states_failed_total";
+const STATE_STORE_DURATION: &str = "rewake_state_store_duration_seconds";
+const STATE_BYTES: &str = "rewake_state_stored_bytes_total";
+const STREAMS_ACTIVE: &str = "rewake_streams_active";
+
+/// Upper bounds in seconds, from a step of a tiny model to a very long answer.
+const BUCKETS: [f64; 18] =
+    [0.0001, 0.0003, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+
+/// How often samples are folded into buckets when nobody scrapes.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Installs the process's recorder, once, and returns what renders the Prometheus text.
+///
+/// Later calls return the same handle, so that several servers may live in one process.
+pub fn install() -> Result<PrometheusHandle, Error> {
+    static INSTALLED: OnceLock<Result<PrometheusHandle, String>> = OnceLock::new();
+    INSTALLED.get_or_init(recorder).clone().map_err(Error::Metrics)
+}
+
+fn recorder() -> Result<PrometheusHandle, String> {
+    let handle = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &BUCKETS)
+        .and_then(PrometheusBuilder::install_recorder)
+        .map_err(|e| e.to_string())?;
+    describe();
+    // The recorder keeps raw samples until they are folded; an unscraped server must not grow.
+    let upkeep = handle.clone();
+    let run = move || loop {
+        std::thread::sleep(UPKEEP);
+        upkeep.run_upkeep();
+    };
+    std::thread::Builder::new().name("metrics".into()).spawn(run).map_err(|e| e.to_string())?;
+    Ok(handle)
+}
+
+fn describe() {
+    describe_counter!(REQUESTS, Unit::Count, "HTTP requests by method, route and status.");
+    describe_histogram!(REQUEST_DURATION, Unit::Seconds, "Time from a request's head to the last byte of its reply.");
+    describe_counter!(TURNS, Unit::Count, "Turns by outcome: ok, cancelled or failed.");
+    describe_counter!(TOKENS_PROMPT, Unit::Count, "Tokens of the contexts that answers were conditioned on.");
+    describe_counter!(TOKENS_CACHED, Unit::Count, "Those prompt tokens that were not computed again.");
+    describe_counter!(TOKENS_COMPLETION, Unit::Count, "Tokens generated.");
+    describe_histogram!(FIRST_TOKEN, Unit::Seconds, "Time from a request's head to its first text.");
+    describe_histogram!(BETWEEN_TOKENS, Unit::Seconds, "Time between two pieces of text of one choice.");
+    describe_gauge!(QUEUE_WAITING, Unit::Count, "Sequences admitted and waiting for a seat.");
+    describe_gauge!(SEATS_RUNNING, Unit::Count, "Seats of the batch in use.");
+    describe_gauge!(SEATS_TOTAL, Unit::Count, "Seats of the batch.");
+    describe_counter!(STEPS, Unit::Count, "Forward steps of the model.");
+    describe_counter!(STEP_TOKENS, Unit::Count, "Tokens read by forward steps.");
+    describe_histogram!(STEP_DURATION, Unit::Seconds, "Time of one forward step, sampling included.");
+    describe_counter!(STATES_STORED, Unit::Count, "States made durable.");
+    describe_counter!(STATES_FAILED, Unit::Count, "States that could not be stored though their answer arrived.");
+    describe_histogram!(STATE_STORE_DURATION, Unit::Seconds, "Time to make one state durable.");
+    describe_counter!(STATE_BYTES, Unit::Bytes, "Bytes of states made durable.");
+    describe_gauge!(STREAMS_ACTIVE, Unit::Count, "Event streams being written.");
+}
+
+/// An HTTP request is over. `route` is the pattern that matched, never the raw path.
+pub fn request(method: &str, route: &str, status: u16, took: Duration) {
+    let (method, route) = (method.to_owned(), route.to_owned());
+    counter!(REQUESTS, "method" => method, "route" => route.clone(), "status" => status.to_string()).increment(1);
+    histogram!(REQUEST_DURATION, "route" => route).record(took);
+}
+
+/// A turn is over; `outcome` is `ok`, `cancelled` or `failed`.
+pub fn turn(model: &str, outcome: &'static str) {
+    counter!(TURNS, "model" => model.to_owned(), "outcome" => outcome).increment(1);
+}
+
+/// Tokens of one turn.
+pub fn tokens(model: &str, prompt: u64, cached: u64, completion: u64) {
+    counter!(TOKENS_PROMPT, "model" => model.to_owned()).increment(prompt);
+    counter!(TOKENS_CACHED, "model" => model.to_owned()).increment(cached);
+    counter!(TOKENS_COMPLETION, "model" => model.to_owned()).increment(completion);
+}
+
+/// The first text of a request is there.
+pub fn time_to_first_token(model: &str, took: Duration) {
+    histogram!(FIRST_TOKEN, "model" => model.to_owned()).record(took);
+}
+
+/// More text of a choice is there.
+pub fn time_between_tokens(model: &str, took: Duration) {
+    histogram!(BETWEEN_TOKENS, "model" => model.to_owned()).record(took);
+}
+
+/// How full an engine is now.
+pub fn occupancy(model: &str, waiting: usize, running: usize, seats: usize) {
+    gauge!(QUEUE_WAITING, "model" => model.to_owned()).set(waiting as f64);
+    gauge!(SEATS_RUNNING, "model" => model.to_owned()).set(running as f64);
+    gauge!(SEATS_TOTAL, "model" => model.to_owned()).set(seats as f64);
+}
+
+/// An engine made one forward step over `tokens` tokens.
+pub fn step(model: &str, tokens: usize, took: Duration) {
+    counter!(STEPS, "model" => model.to_owned()).increment(1);
+    counter!(STEP_TOKENS, "model" => model.to_owned()).increment(tokens as u64);
+    histogram!(STEP_DURATION, "model" => model.to_owned()).record(took);
+}
+
+/// A state is durable.
+pub fn state_stored(bytes: u64, took: Duration) {
+    counter!(STATES_STORED).increment(1);
+    counter!(STATE_BYTES).increment(bytes);
+    histogram!(STATE_STORE_DURATION).record(took);
+}
+
+/// A state could not be kept.
+pub fn state_failed() {
+    counter!(STATES_FAILED).increment(1);
+}
+
+/// Counts one event stream for as long as it lives.
+#[derive(Debug)]
+pub struct StreamOpen(());
+
+impl StreamOpen {
+    pub fn new() -> Self {
+        gauge!(STREAMS_ACTIVE).increment(1.0);
+        Self(())
+    }
+}
+
+impl Default for StreamOpen {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for StreamOpen {
+    fn drop(&mut self) {
+        gauge!(STREAMS_ACTIVE).decrement(1.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The rendered value of the first series that begins with `series`.
+    fn value(text: &str, series: &str) -> Option<f64> {
+        text.lines().find_map(|line| line.strip_prefix(series)?.trim().parse().ok())
+    }
+
+    #[test]
+    fn what_is_recorded_is_rendered() {
+        let handle = install().unwrap();
+        let again = install().unwrap();
+        let took = Duration::from_millis(20);
+        request("POST", "/v1/test", 200, took);
+        turn("m", "cancelled");
+        tokens("m", 10, 4, 6);
+        time_to_first_token("m", took);
+        time_between_tokens("m", took);
+        occupancy("m", 3, 2, 8);
+        step("m", 5, took);
+        state_stored(1000, took);
+        state_failed();
+        let text = again.render();
+        for (series, expected) in [
+            (r#"rewake_requests_total{method="POST",route="/v1/test",status="200"}"#, 1.0),
+            (r#"rewake_request_duration_seconds_bucket{route="/v1/test",le="0.01"}"#, 0.0),
+            (r#"rewake_request_duration_seconds_bucket{route="/v1/test",le="0.025"}"#, 1.0),
+            (r#"rewake_turns_total{model="m",outcome="cancelled"}"#, 1.0),
+            (r#"rewake_prompt_tokens_total{model="m"}"#, 10.0),
+            (r#"rewake_cached_tokens_total{model="m"}"#, 4.0),
+            (r#"rewake_completion_tokens_total{model="m"}"#, 6.0),
+            (r#"rewake_time_to_first_token_seconds_count{model="m"}"#, 1.0),
+            (r#"rewake_time_between_tokens_seconds_count{model="m"}"#, 1.0),
+            (r#"rewake_queue_waiting{model="m"}"#, 3.0),
+            (r#"rewake_seats_running{model="m"}"#, 2.0),
+            (r#"rewake_seats_total{model="m"}"#, 8.0),
+            (r#"rewake_steps_total{model="m"}"#, 1.0),
+            (r#"rewake_step_tokens_total{model="m"}"#, 5.0),
+            (r#"rewake_step_duration_seconds_sum{model="m"}"#, 0.02),
+        ] {
+            assert_eq!(value(&text, series), Some(expected), "{series}\n{text}");
+        }
+        for series in ["rewake_states_stored_total", "rewake_states_failed_total"] {
+            assert!(value(&text, series).is_some_and(|n| n >= 1.0), "{series}");
+        }
+        assert!(text.contains("# HELP rewake_prompt_tokens_total Tokens"));
+        assert!(handle.render().contains("rewake_state_stored_bytes_total"));
+    }
+}
