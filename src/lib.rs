@@ -1,3 +1,9 @@
+#![doc = include_str!("ARCHITECTURE.md")]
+
+pub mod api;
+pub mod app;
+pub mod cli;
+pub mod config;
 pub mod engine;
 pub mod model;
 pub mod sample;

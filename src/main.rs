@@ -1,1 +1,5 @@
-fn main(){}
+//! The `rewake` binary.
+
+fn main() -> std::process::ExitCode {
+    rewake::cli::main()
+}

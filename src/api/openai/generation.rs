@@ -1,0 +1,430 @@
+//! The fields that both generating endpoints share, and their way into a [`Turn`].
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::extract::FromRequestParts;
+use axum::http::{HeaderMap, header, request::Parts};
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor, value::SeqAccessDeserializer};
+use utoipa::ToSchema;
+
+use super::parameters::refuse_unknown;
+use crate::api::{ApiLimits, App, Caller, Error};
+use crate::session::{Input, ModelCard, Start, Turn};
+use crate::telemetry::clock;
+use crate::types::{Sampling, SessionId, StateId};
+
+/// A hundred years: longer is the same as for ever, and sums of times cannot overflow.
+const LONGEST_TTL_S: u64 = 100 * 365 * 24 * 3600;
+
+/// Parameters of a generation, in completions and chats alike. `null` is the same as leaving a field out.
+///
+/// Defaults of sampling parameters are the model's (`GET /v1/models/{id}` shows them), else the ones named here.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, ToSchema)]
+pub struct Generation {
+    /// Id or alias of a served model; left out, the default model answers.
+    pub model: Option<String>,
+    /// Choices for each prompt; they share one reading of it. 1 by default.
+    #[schema(minimum = 1)]
+    pub n: Option<usize>,
+    /// The most tokens to generate for each choice. 16 by default for completions, the server's default for chats.
+    #[schema(minimum = 1)]
+    pub max_tokens: Option<u64>,
+    /// 0 is greedy. 1 by default.
+    #[schema(minimum = 0, maximum = 2)]
+    pub temperature: Option<f64>,
+    /// Sample from the smallest set of tokens whose probability reaches this; 0 keeps the best one. 1 by default.
+    #[schema(minimum = 0, maximum = 1)]
+    pub top_p: Option<f64>,
+    /// Sample from this many best tokens; 0 or -1 is all. 0 by default.
+    #[schema(minimum = -1)]
+    pub top_k: Option<i64>,
+    /// Drop tokens less likely than this fraction of the best one. 0 by default.
+    #[schema(minimum = 0, maximum = 1)]
+    pub min_p: Option<f64>,
+    /// Subtracted from the logit of every token that the response already has. 0 by default.
+    #[schema(minimum = -2, maximum = 2)]
+    pub presence_penalty: Option<f64>,
+    /// Subtracted for each time that the response already has a token. 0 by default.
+    #[schema(minimum = -2, maximum = 2)]
+    pub frequency_penalty: Option<f64>,
+    /// Divides positive and multiplies negative logits of recent tokens, the prompt's included. 1 by default.
+    #[schema(exclusive_minimum = 0, maximum = 10)]
+    pub repetition_penalty: Option<f64>,
+    /// What is left of every count of the other penalties after each token. 1 by default: counts never fade.
+    #[schema(minimum = 0, maximum = 1)]
+    pub penalty_decay: Option<f64>,
+    /// Added to the logits of tokens by id, from -100 (never) to 100 (always).
+    pub logit_bias: Option<BTreeMap<String, f64>>,
+    /// Text that ends a choice and is not part of it.
+    pub stop: Option<Stop>,
+    /// With the same seed the same request has the same answer. Any 64-bit integer; left out, a random one.
+    #[schema(value_type = Option<i64>)]
+    pub seed: Option<Seed>,
+    /// Answer with server-sent events as the text comes, ended by `data: [DONE]`.
+    pub stream: Option<bool>,
+    pub stream_options: Option<StreamOptions>,
+    /// Continue from this stored state; the prompt or messages then hold only what is new.
+    pub state_id: Option<String>,
+    /// Continue from the head of this session, which is made when absent and moves to the new state on success.
+    pub session_id: Option<String>,
+    /// Store the state reached at the end. By default exactly when `state_id` or `session_id` is given.
+    pub store_state: Option<bool>,
+    /// Seconds until the stored state may be removed; the server's default otherwise.
+    #[schema(minimum = 1)]
+    pub state_ttl_s: Option<u64>,
+    /// Name of a configured initial state to begin from instead of zeros.
+    pub initial_state: Option<String>,
+}
+
+/// Options of a stream; refused without `stream: true`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, ToSchema)]
+pub struct StreamOptions {
+    /// Send one more chunk at the end, with `usage` and no choices; all other chunks then carry `"usage": null`.
+    pub include_usage: Option<bool>,
+    /// Accepted and without effect: nothing is obfuscated.
+    pub include_obfuscation: Option<bool>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    others: BTreeMap<String, IgnoredAny>,
+}
+
+/// A seed: any integer of 64 bits. A negative one is as good as its two's complement.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Seed(pub u64);
+
+impl<'de> Deserialize<'de> for Seed {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Integer;
+        impl Visitor<'_> for Integer {
+            type Value = u64;
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("an integer of 64 bits")
+            }
+            fn visit_i64<E: serde::de::Error>(self, seed: i64) -> Result<u64, E> {
+                Ok(seed as u64)
+            }
+            fn visit_u64<E: serde::de::Error>(self, seed: u64) -> Result<u64, E> {
+                Ok(seed)
+            }
+        }
+        deserializer.deserialize_any(Integer).map(Self)
+    }
+}
+
+/// One stop string or several.
+#[derive(Clone, Debug, PartialEq, ToSchema)]
+#[schema(value_type = StopSchema)]
+pub struct Stop(pub Vec<String>);
+
+/// One stop string or several.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[allow(dead_code, reason = "only its schema is used")]
+pub enum StopSchema {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl<'de> Deserialize<'de> for Stop {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OneOrSeveral;
+        impl<'de> Visitor<'de> for OneOrSeveral {
+            type Value = Vec<String>;
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("a string or a list of strings")
+            }
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self::Value, E> {
+                Ok(vec![text.into()])
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Self::Value, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(seq))
+            }
+        }
+        deserializer.deserialize_any(OneOrSeveral).map(Self)
+    }
+}
+
+/// What a turn takes from a request besides its body.
+#[derive(Clone, Debug)]
+pub struct Head {
+    pub caller: Caller,
+    pub if_match: Option<String>,
+    pub idempotency_key: Option<String>,
+    /// Randomness for the response id.
+    pub id: u128,
+    /// The seed of a request that brings none.
+    pub seed: u64,
+}
+
+impl FromRequestParts<Arc<App>> for Head {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Error> {
+        Ok(Self {
+            caller: Caller::from_request_parts(parts, app).await?,
+            if_match: text_header(&parts.headers, header::IF_MATCH.as_str())?,
+            idempotency_key: text_header(&parts.headers, "idempotency-key")?,
+            id: clock::random_u128(),
+            seed: clock::random_u64(),
+        })
+    }
+}
+
+fn text_header(headers: &HeaderMap, name: &str) -> Result<Option<String>, Error> {
+    let refuse = || Error::invalid(name, format!("the header `{name}` must be 1 to 255 visible ASCII characters"));
+    let Some(value) = headers.get(name) else { return Ok(None) };
+    let text = value.to_str().map_err(|_| refuse())?;
+    if (1..=255).contains(&text.len()) { Ok(Some(text.into())) } else { Err(refuse()) }
+}
+
+/// A request that passed every check: what to run and how to answer.
+#[derive(Clone, Debug)]
+pub struct Order {
+    pub turn: Turn,
+    pub stream: Option<StreamOptions>,
+    /// Names of fields that nobody knows.
+    pub ignored: Vec<String>,
+}
+
+/// What an endpoint adds to the shared fields.
+pub struct Part {
+    pub input: Input,
+    pub max_tokens: Option<u64>,
+    /// `cmpl` or `chatcmpl`.
+    pub prefix: &'static str,
+    /// Names of fields that the endpoint found nobody to read.
+    pub ignored: Vec<String>,
+}
+
+/// Where requests meet the server: the model they name and the limits that hold.
+#[derive(Clone, Copy)]
+pub struct Rules<'a> {
+    pub card: &'a ModelCard,
+    pub limits: &'a ApiLimits,
+    pub strict: bool,
+}
+
+impl Generation {
+    pub fn choices(&self) -> usize {
+        self.n.unwrap_or(1)
+    }
+
+    /// Whether the turn goes on from something stored, so that nothing new needs to be said.
+    pub fn resumes(&self) -> bool {
+        self.state_id.is_some() || self.session_id.is_some()
+    }
+
+    /// Checks everything the endpoints share and puts the turn together.
+    pub fn order(self, part: Part, head: Head, rules: Rules) -> Result<Order, Error> {
+        let limits = rules.limits;
+        let prompts = match &part.input {
+            Input::Prompts(prompts) => prompts.len(),
+            Input::Chat(_) => 1,
+        };
+        let choices = self.choices();
+        if choices == 0 {
+            return Err(Error::invalid("n", "`n` must be at least 1"));
+        }
+        if choices.saturating_mul(prompts) > limits.choices {
+            let message =
+                format!("{prompts} prompts with {choices} choices each are more than {} answers", limits.choices);
+            return Err(Error::invalid("n", message));
+        }
+        let stream = self.stream()?;
+        let start = self.start(&head, prompts)?;
+        let store = self.store(&start)?;
+        let mut ignored = part.ignored;
+        if let Some(options) = &stream {
+            ignored.extend(options.others.keys().map(|name| format!("stream_options.{name}")));
+        }
+        if rules.strict {
+            refuse_unknown(&ignored)?;
+        }
+        let in_session = matches!(start, Start::Session { .. });
+        let turn = Turn {
+            response_id: format!("{}-{:032x}", part.prefix, head.id),
+            sampling: self.sampling(rules.card, head.seed)?,
+            stop: self.stop(limits)?,
+            ttl_s: self.ttl(store)?,
+            initial_state: self.initial_state,
+            tenant: head.caller.tenant,
+            model: self.model,
+            start,
+            input: part.input,
+            choices,
+            max_tokens: part.max_tokens,
+            store,
+            // Elsewhere a repeated request is simply answered again.
+            idempotency_key: head.idempotency_key.filter(|_| in_session),
+        };
+        Ok(Order { turn, stream, ignored })
+    }
+
+    fn stream(&self) -> Result<Option<StreamOptions>, Error> {
+        match (self.stream.unwrap_or(false), &self.stream_options) {
+            (true, options) => Ok(Some(options.clone().unwrap_or_default())),
+            (false, None) => Ok(None),
+            (false, Some(_)) => {
+                Err(Error::invalid("stream_options", "`stream_options` is only possible with `stream: true`"))
+            }
+        }
+    }
+
+    fn start(&self, head: &Head, prompts: usize) -> Result<Start, Error> {
+        let if_match = head.if_match.as_deref();
+        if if_match.is_some() && self.session_id.is_none() {
+            return Err(Error::invalid("if-match", "`If-Match` is a condition on a session's head; give `session_id`"));
+        }
+        if self.state_id.is_some() && self.initial_state.is_some() {
+            return Err(Error::invalid(
+                "initial_state",
+                "a turn begins from `state_id` or from `initial_state`, not both",
+            ));
+        }
+        match (&self.state_id, &self.session_id) {
+            (Some(_), Some(_)) => {
+                Err(Error::invalid("session_id", "a turn begins from `state_id` or from `session_id`, not both"))
+            }
+            (None, None) => Ok(Start::Fresh),
+            (Some(id), None) => {
+                // What cannot be an id is unknown like any other.
+                StateId::parse(id.as_str()).map(Start::State).map_err(|_| Error::UnknownState(id.clone()))
+            }
+            (None, Some(id)) => {
+                let id = SessionId::parse(id.as_str()).map_err(|e| Error::invalid("session_id", e.to_string()))?;
+                if prompts > 1 {
+                    return Err(Error::invalid("session_id", "a session takes one prompt a turn"));
+                }
+                if self.choices() > 1 {
+                    return Err(Error::invalid("session_id", "a session takes one answer a turn: `n` must be 1"));
+                }
+                Ok(Start::Session { id, if_match: if_match.map(entity_tag).transpose()? })
+            }
+        }
+    }
+
+    fn store(&self, start: &Start) -> Result<bool, Error> {
+        let store = self.store_state.unwrap_or(*start != Start::Fresh);
+        if !store && matches!(start, Start::Session { .. }) {
+            return Err(Error::invalid("store_state", "a turn of a session always stores its state"));
+        }
+        Ok(store)
+    }
+
+    fn ttl(&self, store: bool) -> Result<Option<u64>, Error> {
+        match self.state_ttl_s {
+            Some(_) if !store => Err(Error::invalid("state_ttl_s", "`state_ttl_s` needs `store_state: true`")),
+            Some(ttl) if !(1..=LONGEST_TTL_S).contains(&ttl) => {
+                Err(Error::invalid("state_ttl_s", format!("`state_ttl_s` must be from 1 to {LONGEST_TTL_S}")))
+            }
+            ttl => Ok(ttl),
+        }
+    }
+
+    fn stop(&self, limits: &ApiLimits) -> Result<Vec<String>, Error> {
+        let stop = self.stop.clone().map(|stop| stop.0).unwrap_or_default();
+        if stop.len() > limits.stop_strings {
+            let message = format!("{} stop strings are more than {}", stop.len(), limits.stop_strings);
+            return Err(Error::invalid("stop", message));
+        }
+        if stop.iter().any(String::is_empty) {
+            return Err(Error::invalid("stop", "a stop string must not be empty"));
+        }
+        if stop.iter().any(|text| text.len() > limits.stop_bytes) {
+            return Err(Error::invalid("stop", format!("a stop string is longer than {} bytes", limits.stop_bytes)));
+        }
+        Ok(stop)
+    }
+
+    fn sampling(&self, card: &ModelCard, fresh_seed: u64) -> Result<Sampling, Error> {
+        let default = &card.sampling;
+        let top_k = match self.top_k {
+            None => default.top_k,
+            Some(-1) => 0,
+            Some(k) => {
+                usize::try_from(k).map_err(|_| Error::invalid("top_k", "`top_k` must be 0, -1 (both: all) or more"))?
+            }
+        };
+        if self.repetition_penalty.is_some_and(|penalty| penalty <= 0.0) {
+            return Err(Error::invalid("repetition_penalty", "`repetition_penalty` must be greater than 0"));
+        }
+        Ok(Sampling {
+            temperature: within("temperature", self.temperature, 0.0..=2.0, default.temperature)?,
+            top_p: within("top_p", self.top_p, 0.0..=1.0, default.top_p)?,
+            top_k,
+            min_p: within("min_p", self.min_p, 0.0..=1.0, default.min_p)?,
+            presence_penalty: within("presence_penalty", self.presence_penalty, -2.0..=2.0, default.presence_penalty)?,
+            frequency_penalty: within(
+                "frequency_penalty",
+                self.frequency_penalty,
+                -2.0..=2.0,
+                default.frequency_penalty,
+            )?,
+            repetition_penalty: within(
+                "repetition_penalty",
+                self.repetition_penalty,
+                f64::from(f32::MIN_POSITIVE)..=10.0,
+                default.repetition_penalty,
+            )?,
+            penalty_decay: within("penalty_decay", self.penalty_decay, 0.0..=1.0, default.penalty_decay)?,
+            logit_bias: match &self.logit_bias {
+                None => default.logit_bias.clone(),
+                Some(bias) => logit_bias(bias, card.vocabulary)?,
+            },
+            seed: self.seed.map_or(fresh_seed, |seed| seed.0),
+        })
+    }
+}
+
+/// Refuses a token limit that leaves nothing to answer.
+pub fn some_tokens(name: &'static str, limit: Option<u64>) -> Result<Option<u64>, Error> {
+    match limit {
+        Some(0) => Err(Error::unsupported(name, format!("`{name}` must be at least 1: 0 leaves nothing to answer"))),
+        limit => Ok(limit),
+    }
+}
+
+fn within(
+    name: &'static str,
+    value: Option<f64>,
+    range: std::ops::RangeInclusive<f64>,
+    default: f32,
+) -> Result<f32, Error> {
+    match value {
+        None => Ok(default),
+        Some(value) if range.contains(&value) => Ok(value as f32),
+        Some(value) => {
+            let (low, high) = (range.start(), range.end());
+            Err(Error::invalid(name, format!("`{name}` must be from {low} to {high}, not {value}")))
+        }
+    }
+}
+
+fn logit_bias(bias: &BTreeMap<String, f64>, vocabulary: usize) -> Result<Vec<(u32, f32)>, Error> {
+    let mut pairs = Vec::with_capacity(bias.len());
+    for (key, &value) in bias {
+        let refuse = |what: &str| Error::invalid(format!("logit_bias.{key}"), format!("`logit_bias`: {what}"));
+        // Only the plain spelling: "7" and "07" must not be two entries for one token.
+        let id = key.parse::<u32>().ok().filter(|id| id.to_string() == *key);
+        let id = id.ok_or_else(|| refuse("keys are token ids, such as \"42\""))?;
+        if id as usize >= vocabulary {
+            return Err(refuse(&format!("token ids are below {vocabulary}")));
+        }
+        if !(-100.0..=100.0).contains(&value) {
+            return Err(refuse("values are from -100 to 100"));
+        }
+        pairs.push((id, value as f32));
+    }
+    pairs.sort_unstable_by_key(|&(id, _)| id);
+    Ok(pairs)
+}
+
+/// The state id in `If-Match: "st_…"`.
+fn entity_tag(tag: &str) -> Result<StateId, Error> {
+    let quoted = tag.trim().strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+    quoted
+        .and_then(|id| StateId::parse(id).ok())
+        .ok_or_else(|| Error::invalid("if-match", "`If-Match` must be one state id in double quotes"))
+}

@@ -1,0 +1,252 @@
+//! Parameters that are not fields of a request type: harmless ones, and ones whose only acceptable value is neutral.
+//!
+//! The rule of the contract: honour a parameter, or refuse it by name; never ignore it silently.
+
+use std::collections::BTreeMap;
+
+use axum::http::HeaderValue;
+use serde::de::value::Error as NameError;
+use serde::de::{Deserialize, Deserializer, Error as _, Visitor};
+use serde::forward_to_deserialize_any;
+use serde_json::{Value, json};
+
+use crate::api::Error;
+
+/// The response header that lists what was not understood.
+pub const IGNORED_PARAMS: &str = "x-ignored-params";
+/// Field names come from the client; a header must stay small.
+const LONGEST_HEADER: usize = 1024;
+
+/// Metadata: no value of it changes an answer.
+const HARMLESS: [&str; 7] =
+    ["user", "metadata", "safety_identifier", "service_tier", "store", "prompt_cache_key", "prompt_cache_retention"];
+
+/// Whether a value changes nothing, though it is not [`neutral`].
+type Accepts = fn(&Value) -> bool;
+
+/// Known and not supported: refused unless `null`, `false`, `""`, `[]`, `{}` or this further value that changes nothing.
+const UNSUPPORTED: [(&str, Accepts); 26] = [
+    ("add_generation_prompt", |v| v == true),
+    ("audio", never),
+    ("best_of", |v| v == 1),
+    ("continue_final_message", never),
+    ("detach", never),
+    ("echo", never),
+    ("function_call", |v| v == "none" || v == "auto"),
+    ("functions", never),
+    ("grammar", never),
+    ("guided_choice", never),
+    ("guided_grammar", never),
+    ("guided_json", never),
+    ("guided_regex", never),
+    ("logprobs", never),
+    ("modalities", |v| *v == json!(["text"])),
+    ("parallel_tool_calls", |_| true),
+    ("prediction", never),
+    ("reasoning_effort", |v| v == "none"),
+    ("response_format", |v| v["type"] == "text"),
+    ("structured_outputs", never),
+    ("suffix", never),
+    ("tool_choice", |v| v == "none" || v == "auto"),
+    ("tools", never),
+    ("top_logprobs", |v| v == 0),
+    ("verbosity", |v| v == "medium"),
+    ("web_search_options", never),
+];
+
+fn never(_: &Value) -> bool {
+    false
+}
+
+/// Values that ask for nothing, whatever the parameter.
+fn neutral(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(on) => !on,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        Value::Number(_) => false,
+    }
+}
+
+/// Refuses what would have mattered and returns the names of what nobody knows.
+///
+/// `best_of` equal to `choices` is neutral: it asks for every candidate to be returned.
+pub fn sort_out(others: BTreeMap<String, Value>, choices: usize) -> Result<Vec<String>, Error> {
+    let mut unknown = Vec::new();
+    for (name, value) in others {
+        if let Some((_, accepted)) = UNSUPPORTED.iter().find(|(known, _)| *known == name) {
+            let same = name == "best_of" && value == choices;
+            if !neutral(&value) && !accepted(&value) && !same {
+                return Err(Error::unsupported(
+                    &name,
+                    format!("`{name}` is not supported by this server yet; leave it out"),
+                ));
+            }
+        } else if !HARMLESS.contains(&name.as_str()) {
+            unknown.push(name);
+        }
+    }
+    Ok(unknown)
+}
+
+/// The error of strict mode.
+pub fn refuse_unknown(unknown: &[String]) -> Result<(), Error> {
+    match unknown.first() {
+        None => Ok(()),
+        Some(name) => Err(Error::Invalid {
+            param: Some(name.clone()),
+            code: "unknown_parameter",
+            message: format!("unknown parameter `{name}`"),
+        }),
+    }
+}
+
+/// The names as a header value, or `None` when there are none. Other than visible ASCII is escaped.
+pub fn ignored_header(unknown: &[String]) -> Option<HeaderValue> {
+    let mut list = String::new();
+    for name in unknown {
+        let name = name.escape_default().to_string();
+        if list.len() + name.len() + 2 > LONGEST_HEADER {
+            list.push_str(if list.is_empty() { "..." } else { ", ..." });
+            break;
+        }
+        if !list.is_empty() {
+            list.push_str(", ");
+        }
+        list.push_str(&name);
+    }
+    if list.is_empty() { None } else { HeaderValue::from_str(&list).ok() }
+}
+
+/// The names of the fields that `T`, a struct, reads.
+pub fn fields_of<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
+    let mut names: &'static [&'static str] = &[];
+    // It always fails: the point is what the derived code asks for on the way.
+    let _ = T::deserialize(Names(&mut names));
+    names
+}
+
+struct Names<'a>(&'a mut &'static [&'static str]);
+
+impl<'de> Deserializer<'de> for Names<'_> {
+    type Error = NameError;
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        fields: &'static [&'static str],
+        _: V,
+    ) -> Result<V::Value, NameError> {
+        *self.0 = fields;
+        Err(NameError::custom("only the names were wanted"))
+    }
+
+    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, NameError> {
+        Err(NameError::custom("not a struct"))
+    }
+
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
+        newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sorted(name: &str, value: Value) -> Result<Vec<String>, Error> {
+        sort_out(BTreeMap::from([(name.into(), value)]), 3)
+    }
+
+    #[test]
+    fn neutral_values_are_never_refused() {
+        for (name, _) in UNSUPPORTED {
+            for value in [json!(null), json!(false), json!([]), json!({}), json!("")] {
+                assert_eq!(sorted(name, value).unwrap(), Vec::<String>::new(), "{name}");
+            }
+        }
+        for (name, value) in [
+            ("best_of", json!(1)),
+            ("best_of", json!(3)),
+            ("response_format", json!({"type": "text"})),
+            ("tool_choice", json!("none")),
+            ("tool_choice", json!("auto")),
+            ("function_call", json!("auto")),
+            ("parallel_tool_calls", json!(true)),
+            ("modalities", json!(["text"])),
+            ("top_logprobs", json!(0)),
+            ("verbosity", json!("medium")),
+            ("reasoning_effort", json!("none")),
+        ] {
+            assert!(sorted(name, value).unwrap().is_empty(), "{name}");
+        }
+    }
+
+    #[test]
+    fn values_that_would_matter_are_refused_by_name() {
+        for (name, value) in [
+            ("logprobs", json!(0)),
+            ("logprobs", json!(true)),
+            ("top_logprobs", json!(3)),
+            ("echo", json!(true)),
+            ("best_of", json!(4)),
+            ("suffix", json!("end")),
+            ("tools", json!([{"type": "function"}])),
+            ("tool_choice", json!("required")),
+            ("functions", json!([{}])),
+            ("function_call", json!({"name": "f"})),
+            ("response_format", json!({"type": "json_object"})),
+            ("response_format", json!("json")),
+            ("modalities", json!(["text", "audio"])),
+            ("audio", json!({"voice": "x"})),
+            ("prediction", json!({"type": "content"})),
+            ("reasoning_effort", json!("low")),
+            ("verbosity", json!("high")),
+            ("web_search_options", json!({"x": 1})),
+            ("detach", json!(true)),
+            ("grammar", json!("root ::= x")),
+            ("add_generation_prompt", json!(0)),
+        ] {
+            match sorted(name, value) {
+                Err(Error::Invalid { param, code: "unsupported_parameter", .. }) => {
+                    assert_eq!(param.as_deref(), Some(name))
+                }
+                other => panic!("{name}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn harmless_ones_pass_and_unknown_ones_are_listed() {
+        for name in HARMLESS {
+            assert!(sorted(name, json!({"any": "thing"})).unwrap().is_empty());
+        }
+        let unknown = sorted("mirostat", json!(2)).unwrap();
+        assert_eq!(unknown, ["mirostat"]);
+        assert!(refuse_unknown(&unknown).is_err() && refuse_unknown(&[]).is_ok());
+    }
+
+    #[test]
+    fn the_header_is_small_and_ascii() {
+        assert_eq!(ignored_header(&[]), None);
+        assert_eq!(ignored_header(&["a".into(), "b\r\nx: ü".into()]).unwrap(), r"a, b\r\nx: \u{fc}");
+        let many = ignored_header(&vec!["x".repeat(100); 100]).unwrap();
+        assert!(many.len() <= LONGEST_HEADER + 5 && many.to_str().unwrap().ends_with("..."));
+    }
+
+    #[test]
+    fn field_names_are_those_that_serde_reads() {
+        #[derive(serde::Deserialize)]
+        #[allow(dead_code)]
+        struct Two {
+            one: u8,
+            #[serde(rename = "deux")]
+            two: u8,
+        }
+        assert_eq!(fields_of::<Two>(), ["one", "deux"]);
+        assert!(fields_of::<String>().is_empty());
+    }
+}

@@ -1,0 +1,227 @@
+//! `/v1/sessions`: named conversations and their turns.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use super::error::Refusals;
+use super::extract::{Name, Query};
+use super::list::{Deleted, Identified, List, PageQuery, page};
+use super::openai::reply::Usage;
+use super::{App, Caller, Error};
+use crate::session::{Listing, SessionInfo, TurnInfo};
+use crate::types::{Message, Role, SessionId};
+
+/// A named conversation.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Session {
+    pub id: String,
+    /// `session`.
+    #[schema(value_type = String)]
+    pub object: &'static str,
+    pub model: String,
+    /// The state that the next turn continues from.
+    pub head: String,
+    /// How many turns it has.
+    pub turn: u64,
+    /// Total positions of the sequence.
+    pub tokens: u64,
+    /// Size of the head's recurrent state.
+    pub bytes: u64,
+    /// Unix seconds.
+    pub created: u64,
+    /// Unix seconds.
+    pub updated: u64,
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl From<SessionInfo> for Session {
+    fn from(info: SessionInfo) -> Self {
+        Self {
+            id: info.id.into(),
+            object: "session",
+            model: info.model,
+            head: info.head.into(),
+            turn: info.turn,
+            tokens: info.tokens,
+            bytes: info.bytes,
+            created: info.created,
+            updated: info.updated,
+            // Sessions are made by turns, which bring none.
+            metadata: BTreeMap::new(),
+        }
+    }
+}
+
+impl Identified for Session {
+    fn id(&self) -> &str {
+        &self.id
+    }
+}
+
+/// A committed turn of a session.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct SessionTurn {
+    /// The state after it.
+    pub id: String,
+    /// `session.turn`.
+    #[schema(value_type = String)]
+    pub object: &'static str,
+    /// From 1.
+    pub turn: u64,
+    #[schema(required = true)]
+    pub parent: Option<String>,
+    pub response_id: String,
+    /// A chat's new messages and, last, the answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub messages: Option<Vec<TurnMessage>>,
+    /// A completion's prompt and its answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// How many ids the turn added to the sequence.
+    pub token_count: usize,
+    /// Those ids, with `token_ids=true`. All turns' ids, in order, are the sequence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+    /// How many ids at the end of the sequence the turn took back first, with `token_ids=true`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub takes_back: Option<usize>,
+    pub usage: Usage,
+    /// Unix seconds.
+    pub created: u64,
+}
+
+/// One message of a turn.
+#[derive(Debug, PartialEq, Serialize, ToSchema)]
+pub struct TurnMessage {
+    /// `system`, `user`, `assistant` or `tool`.
+    #[schema(value_type = String)]
+    pub role: Role,
+    pub content: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+impl From<Message> for TurnMessage {
+    fn from(Message { role, content, name }: Message) -> Self {
+        Self { role, content, name }
+    }
+}
+
+impl SessionTurn {
+    fn new(info: TurnInfo, token_ids: bool) -> Self {
+        let usage = Usage::new(info.usage.prompt_tokens, info.usage.cached_tokens, info.usage.completion_tokens);
+        let messages: Vec<TurnMessage> = info.messages.into_iter().map(TurnMessage::from).collect();
+        Self {
+            id: info.state.into(),
+            object: "session.turn",
+            turn: info.turn,
+            parent: info.parent.map(String::from),
+            response_id: info.response_id,
+            messages: Some(messages).filter(|messages| !messages.is_empty()),
+            text: info.text,
+            token_count: info.token_ids.len(),
+            token_ids: token_ids.then_some(info.token_ids),
+            takes_back: token_ids.then_some(info.takes_back),
+            usage,
+            created: info.created,
+        }
+    }
+}
+
+impl Identified for SessionTurn {
+    fn id(&self) -> &str {
+        &self.id
+    }
+}
+
+/// List sessions, oldest first.
+#[utoipa::path(
+    get,
+    path = "/v1/sessions",
+    tag = "sessions",
+    params(PageQuery),
+    responses((status = 200, description = "One page", body = List<Session>), Refusals),
+)]
+pub async fn list_sessions(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Query(query): Query<PageQuery>,
+) -> Result<Json<List<Session>>, Error> {
+    let listing = app.sessions.sessions(&caller.tenant, page(query.limit, query.after)?).await?;
+    Ok(Json(List::new(listing)))
+}
+
+/// Show a session.
+#[utoipa::path(
+    get,
+    path = "/v1/sessions/{id}",
+    tag = "sessions",
+    params(("id" = String, Path, description = "Name of a session")),
+    responses((status = 200, description = "The session", body = Session), Refusals),
+)]
+pub async fn show_session(State(app): State<Arc<App>>, caller: Caller, Name(id): Name) -> Result<Json<Session>, Error> {
+    Ok(Json(app.sessions.session(&caller.tenant, &session_id(id)?).await?.into()))
+}
+
+/// Delete a session with its states, except those that others share.
+#[utoipa::path(
+    delete,
+    path = "/v1/sessions/{id}",
+    tag = "sessions",
+    params(("id" = String, Path, description = "Name of a session")),
+    responses((status = 200, description = "It is gone", body = Deleted), Refusals),
+)]
+pub async fn delete_session(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Name(id): Name,
+) -> Result<Json<Deleted>, Error> {
+    let id = session_id(id)?;
+    app.sessions.delete_session(&caller.tenant, &id).await?;
+    Ok(Json(Deleted { id: id.into(), object: "session.deleted", deleted: true }))
+}
+
+/// Which turns, and how much of them.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct TurnsQuery {
+    /// How many at most, 1 to 100; 20 by default.
+    #[param(minimum = 1, maximum = 100)]
+    limit: Option<usize>,
+    /// Only what comes after this id; `last_id` of the page before.
+    after: Option<String>,
+    /// Show the token ids of each turn.
+    #[serde(default)]
+    token_ids: bool,
+}
+
+/// List the turns of a session, oldest first.
+#[utoipa::path(
+    get,
+    path = "/v1/sessions/{id}/turns",
+    tag = "sessions",
+    params(("id" = String, Path, description = "Name of a session"), TurnsQuery),
+    responses((status = 200, description = "One page", body = List<SessionTurn>), Refusals),
+)]
+pub async fn list_turns(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Name(id): Name,
+    Query(query): Query<TurnsQuery>,
+) -> Result<Json<List<SessionTurn>>, Error> {
+    let page = page(query.limit, query.after)?;
+    let listing = app.sessions.turns(&caller.tenant, &session_id(id)?, page).await?;
+    let data = listing.data.into_iter().map(|turn| SessionTurn::new(turn, query.token_ids)).collect();
+    Ok(Json(List::new(Listing { data, has_more: listing.has_more })))
+}
+
+/// What cannot be a session's name is unknown like any other.
+fn session_id(id: String) -> Result<SessionId, Error> {
+    SessionId::parse(id.as_str()).map_err(|_| Error::UnknownSession(id))
+}

@@ -1,0 +1,197 @@
+//! The composition root: builds every part from the configuration, and runs the server.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::net::TcpListener;
+
+use crate::config::{self, Config, ProfileChoice};
+use crate::engine::{Handle, ModelBackend};
+use crate::model::{self, Checkpoint, LoadOptions, Lora};
+use crate::scheduler::Limits;
+use crate::session::{Model, ModelCard, Sessions};
+use crate::state::{Archive, InMemory, Local, Store};
+use crate::telemetry::{clock, metrics};
+use crate::text::{self, Profile, Tokenizer};
+use crate::api;
+
+/// The embedded demonstration model: a small RWKV-7 that tells stories.
+mod demo {
+    pub const WEIGHTS: &[u8] = include_bytes!("../assets/demo/model.safetensors");
+    pub const TOKENIZER: &[u8] = include_bytes!("../assets/demo/tokenizer.json");
+    pub const PROFILE: &str = "stories";
+}
+
+/// A server whose models are not loaded yet.
+pub struct App {
+    pub router: axum::Router,
+    pub sessions: Arc<Sessions>,
+    drain: Duration,
+}
+
+impl App {
+    /// Opens the state store and builds the routes; `/ready` says "loading" until [`Sessions::open`].
+    pub async fn new(config: &Config) -> anyhow::Result<Self> {
+        let store = store(&config.states).await?;
+        Self::with_store(config, store)
+    }
+
+    /// As [`App::new`], over a store of the caller's.
+    pub fn with_store(config: &Config, store: Arc<dyn Store>) -> anyhow::Result<Self> {
+        let ttl = (config.states.default_ttl_s > 0).then_some(config.states.default_ttl_s);
+        let sessions = Arc::new(Sessions::new(Archive::new(store), config.turns.clone(), ttl));
+        let router = api::router(api::App {
+            sessions: sessions.clone(),
+            keys: config.key.clone(),
+            limits: config.requests.clone(),
+            strict: config.server.strict,
+            metrics: metrics::install()?,
+        });
+        Ok(Self { router, sessions, drain: Duration::from_secs(config.server.drain_s) })
+    }
+
+    /// Serves until `shutdown`; then refuses new turns, lets running ones finish in the configured time, and returns.
+    pub async fn run(self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
+        let Self { router, sessions, drain } = self;
+        let (drained, wait) = tokio::sync::oneshot::channel();
+        let serve = axum::serve(listener, router).with_graceful_shutdown(async move {
+            shutdown.await;
+            sessions.drain();
+            // Still accepting, so that `/ready` can tell a load balancer.
+            sessions.finish(drain).await;
+            let _ = drained.send(());
+        });
+        // Connections that stay open with nothing running on them do not keep the process.
+        let linger = async {
+            let _ = wait.await;
+            tokio::time::sleep(Duration::from_secs(2)).await;
+        };
+        tokio::select! {
+            served = async { serve.await } => served,
+            () = linger => Ok(()),
+        }
+    }
+}
+
+async fn store(states: &config::States) -> anyhow::Result<Arc<dyn Store>> {
+    if states.dir == ":memory:" {
+        return Ok(Arc::new(InMemory::default()));
+    }
+    Ok(Arc::new(Local::open(state_dir(states)?).await?))
+}
+
+/// The folder where states are kept.
+pub fn state_dir(states: &config::States) -> anyhow::Result<PathBuf> {
+    use etcetera::app_strategy::{AppStrategy, AppStrategyArgs, choose_native_strategy};
+    if !states.dir.is_empty() {
+        return Ok(PathBuf::from(&states.dir));
+    }
+    let args = AppStrategyArgs { top_level_domain: "org".into(), author: "rewake".into(), app_name: "rewake".into() };
+    let native = choose_native_strategy(args).context("this user has no data folder; name one with --state-dir")?;
+    Ok(native.data_dir())
+}
+
+/// Loads every configured model. `progress` hears (model, tensors loaded, tensors in all).
+pub fn load_models(config: &Config, progress: &dyn Fn(&str, usize, usize)) -> anyhow::Result<Vec<Model>> {
+    let threads = rayon::ThreadPoolBuilder::new()
+        .num_threads(config.engine.threads)
+        .thread_name(|n| format!("compute {n}"))
+        .build()
+        .context("starting the compute threads")?;
+    let threads = Arc::new(threads);
+    config.model.iter().map(|model| load_model(model, &config.engine, &threads, progress)).collect()
+}
+
+fn load_model(
+    config: &config::Model,
+    engine: &config::Engine,
+    threads: &Arc<rayon::ThreadPool>,
+    progress: &dyn Fn(&str, usize, usize),
+) -> anyhow::Result<Model> {
+    let name = config.served_name();
+    let mut checkpoint = match &config.file {
+        Some(file) => Checkpoint::open(file)?,
+        None => Checkpoint::embedded(demo::WEIGHTS)?,
+    };
+    if let Some(lora) = &config.lora {
+        checkpoint = checkpoint.with_lora(Lora::open(lora, config.lora_alpha)?)?;
+    }
+    let state = config.state.as_deref().map(Checkpoint::open).transpose()?;
+    let report = |done, all| progress(&name, done, all);
+    let options = LoadOptions { initial_state: state.as_ref(), progress: &report };
+    let model = model::load(&checkpoint, &options).with_context(|| format!("loading model `{name}`"))?;
+
+    let d = model.description().clone();
+    let text = tokenizer(config, d.vocabulary).with_context(|| format!("the tokenizer of model `{name}`"))?;
+    let profile = profile(config, &*text)?;
+    profile.check()?;
+    let seats = engine.seats;
+    let backend = ModelBackend::new(model, 2 * seats, threads.clone())?;
+    let limits = Limits { seats, queue: engine.queue, budget: engine.budget, busy_budget: engine.busy_budget };
+    let engine = Handle::start(&name, backend, text.clone(), limits).context("starting the engine thread")?;
+    let card = ModelCard {
+        id: name,
+        aliases: config.aliases.clone(),
+        created: clock::unix_seconds(),
+        generation: d.generation.into(),
+        layers: d.layers,
+        width: d.width,
+        vocabulary: d.vocabulary,
+        parameters: d.parameters,
+        state_bytes: d.state_bytes,
+        fingerprint: d.fingerprint,
+        tokenizer: text.name().into(),
+        template: profile.name.clone(),
+        stop: profile.stop.clone(),
+        stop_tokens: profile.stop_tokens.clone(),
+        sampling: profile.sampling.sampling(),
+    };
+    Ok(Model { card, engine, text, profile, seats })
+}
+
+/// The tokenizer: as configured, else from beside the model, else by the size of the vocabulary.
+fn tokenizer(config: &config::Model, vocabulary: usize) -> anyhow::Result<Arc<dyn Tokenizer>> {
+    let beside = config.file.as_ref().map(|f| f.with_file_name("tokenizer.json")).filter(|f| f.exists());
+    let tokenizer = match (config.tokenizer.as_deref(), &config.file, beside) {
+        (Some("world"), ..) => text::world(),
+        (Some("bytes"), ..) => text::bytes(),
+        (Some(file), ..) => tokenizer_file(Path::new(file))?,
+        (None, None, _) => text::from_json(demo::TOKENIZER)?,
+        (None, _, Some(file)) => tokenizer_file(&file)?,
+        (None, ..) if (65_530..=65_536).contains(&vocabulary) => text::world(),
+        (None, ..) if vocabulary == 256 => text::bytes(),
+        (None, ..) => bail!(
+            "none is known for a vocabulary of {vocabulary} ids; give one with --tokenizer (`world`, `bytes`, a tokenizer.json or a vocabulary file)"
+        ),
+    };
+    if tokenizer.vocab_size() > vocabulary {
+        let size = tokenizer.vocab_size();
+        bail!("`{}` has {size} ids and the model only {vocabulary}: it belongs to another model", tokenizer.name());
+    }
+    Ok(tokenizer)
+}
+
+fn tokenizer_file(file: &Path) -> anyhow::Result<Arc<dyn Tokenizer>> {
+    let bytes = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let json = bytes.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'{');
+    let read = if json { text::from_json(&bytes) } else { text::from_vocabulary(&bytes) };
+    read.with_context(|| format!("cannot use {}", file.display()))
+}
+
+fn profile(config: &config::Model, text: &dyn Tokenizer) -> anyhow::Result<Profile> {
+    let name = match (&config.profile, &config.file) {
+        (Some(ProfileChoice::Own(profile)), _) => return Ok((**profile).clone()),
+        (Some(ProfileChoice::Named(name)), _) => name.as_str(),
+        (None, None) => demo::PROFILE,
+        (None, Some(_)) if text.name() == "world" => "g1",
+        (None, Some(_)) => "world",
+    };
+    text::builtin(name).with_context(|| {
+        let known: Vec<_> = text::builtin_names().collect();
+        format!("there is no profile `{name}`; there are {}", known.join(", "))
+    })
+}

@@ -1,0 +1,52 @@
+//! The command line: one file a command; progress bars live here and nowhere else.
+
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// An inference server for RWKV language models with the OpenAI API, whose every state can be kept and resumed.
+#[derive(Debug, Parser)]
+#[command(version, about, after_help = EXAMPLES, disable_help_subcommand = true, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// What `serve` takes, when no command is given.
+    #[command(flatten)]
+    serve: serve::Args,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve models over HTTP (the default).
+    Serve(serve::Args),
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  rewake                                       serve the embedded demonstration model on http://127.0.0.1:8080
+  rewake serve --model rwkv7-g1-0.4b.pth       serve a checkpoint in RWKV's own format (.pth or .safetensors)
+  rewake serve --host 0.0.0.0 --config my.toml serve other machines, with keys from a configuration file
+
+  curl http://127.0.0.1:8080/v1/completions -H 'content-type: application/json' \\
+       -d '{\"prompt\": \"Once upon a time\", \"max_tokens\": 60}'
+
+Configuration: flags override environment variables (REWAKE_SERVER__PORT=9000), which override the file given with
+--config; config/rewake.toml of the source explains every key. API documentation: http://127.0.0.1:8080/docs";
+
+/// Parses the command line and runs what it says.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match cli.command {
+        Some(Command::Serve(args)) => serve::run(args),
+        None => serve::run(cli.serve),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("rewake: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

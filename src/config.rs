@@ -1,0 +1,310 @@
+//! The configuration: defaults ← file ← environment ← flags. Each section is owned by the room it configures.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::api::{ApiLimits, Key};
+use crate::session::TurnLimits;
+use crate::telemetry::LogConfig;
+use crate::text::Profile;
+
+/// Everything that can be configured.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub server: Server,
+    pub states: States,
+    pub engine: Engine,
+    pub requests: ApiLimits,
+    pub turns: TurnLimits,
+    pub log: LogConfig,
+    /// Served models, the default first; none = the embedded one.
+    pub model: Vec<Model>,
+    /// API keys; none = everybody may do everything.
+    pub key: Vec<Key>,
+}
+
+/// Where the server listens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Server {
+    pub host: String,
+    pub port: u16,
+    /// Seconds that running answers have to finish when the server is told to stop.
+    pub drain_s: u64,
+    /// Refuse unknown request fields.
+    pub strict: bool,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self { host: "127.0.0.1".into(), port: 8080, drain_s: 30, strict: false }
+    }
+}
+
+/// Where states are kept.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct States {
+    /// A folder; empty = the platform's data folder; `:memory:` = nothing outlives the process.
+    pub dir: String,
+    /// Seconds that a state is kept when the request does not say; 0 = until it is deleted.
+    pub default_ttl_s: u64,
+}
+
+/// How much runs at once.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Engine {
+    /// Answers that are generated at once, for each model.
+    pub seats: usize,
+    /// Requests that wait for a seat; more are refused with 429.
+    pub queue: usize,
+    /// Prompt tokens in one step when no answer is being generated.
+    pub budget: usize,
+    /// Prompt tokens in one step while answers are being generated, which wait for it.
+    pub busy_budget: usize,
+    /// Threads that compute; 0 = one for each processor.
+    pub threads: usize,
+}
+
+impl Default for Engine {
+    fn default() -> Self {
+        Self { seats: 64, queue: 256, budget: 512, busy_budget: 64, threads: 0 }
+    }
+}
+
+/// One served model.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Model {
+    /// Served name; empty = the file's name, or `stories` for the embedded model.
+    pub name: String,
+    pub aliases: Vec<String>,
+    /// A `.safetensors` or `.pth` file; none = the embedded model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// A LoRA adapter to merge, with the alpha it was trained with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora_alpha: Option<f32>,
+    /// A state-tuned file that fresh sequences start from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state: Option<PathBuf>,
+    /// `world`, `bytes`, or a `tokenizer.json` or vocabulary file; none = beside the model, or by its vocabulary's size.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
+    /// A built-in profile's name, or a whole profile; none = by the tokenizer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub profile: Option<ProfileChoice>,
+}
+
+/// How a model talks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ProfileChoice {
+    Named(String),
+    Own(Box<Profile>),
+}
+
+/// What the command line sets.
+#[derive(Clone, Debug, Default)]
+pub struct Flags {
+    pub config: Option<PathBuf>,
+    pub host: Option<String>,
+    pub port: Option<u16>,
+    pub state_dir: Option<String>,
+    pub model: Option<PathBuf>,
+    pub tokenizer: Option<String>,
+    pub profile: Option<String>,
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the configuration is wrong: {0}")]
+    Read(#[from] config::ConfigError),
+    #[error("the configuration is wrong: `{key}` {why}")]
+    Value { key: String, why: String },
+}
+
+/// Where the environment's variables begin: `REWAKE_SERVER__PORT` sets `server.port`.
+const PREFIX: &str = "REWAKE_";
+
+impl Config {
+    /// Reads the configuration. `environment` holds all variables of the process.
+    ///
+    /// # Errors
+    /// Names the key and the file or variable that is wrong.
+    pub fn load(flags: &Flags, environment: impl Iterator<Item = (String, String)>) -> Result<Self, Error> {
+        let mut sources = config::Config::builder();
+        if let Some(path) = &flags.config {
+            sources = sources.add_source(config::File::from(path.as_path()).format(config::FileFormat::Toml));
+        }
+        // Only `REWAKE_SECTION__KEY` is configuration; other variables with this prefix mean other things.
+        let nested = environment.filter(|(name, _)| name.starts_with(PREFIX) && name.contains("__")).collect();
+        let variables = config::Environment::with_prefix("REWAKE")
+            .prefix_separator("_")
+            .separator("__")
+            .try_parsing(true)
+            .source(Some(nested));
+        let mut config: Config = sources.add_source(variables).build()?.try_deserialize()?;
+        config.apply(flags);
+        config.check()?;
+        Ok(config)
+    }
+
+    fn apply(&mut self, flags: &Flags) {
+        if let Some(host) = &flags.host {
+            self.server.host.clone_from(host);
+        }
+        if let Some(port) = flags.port {
+            self.server.port = port;
+        }
+        if let Some(dir) = &flags.state_dir {
+            self.states.dir.clone_from(dir);
+        }
+        if let Some(file) = &flags.model {
+            self.model = vec![Model { file: Some(file.clone()), ..Model::default() }];
+        }
+        if self.model.is_empty() {
+            self.model.push(Model::default());
+        }
+        if let Some(tokenizer) = &flags.tokenizer {
+            self.model[0].tokenizer = Some(tokenizer.clone());
+        }
+        if let Some(profile) = &flags.profile {
+            self.model[0].profile = Some(ProfileChoice::Named(profile.clone()));
+        }
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let wrong = |key: &str, why: &str| Err(Error::Value { key: key.into(), why: why.into() });
+        let Engine { seats, queue, budget, busy_budget, threads } = self.engine;
+        for (key, value, most) in [
+            ("engine.seats", seats, 1 << 15),
+            ("engine.queue", queue, 1 << 20),
+            ("engine.budget", budget, 1 << 15),
+            ("engine.busy_budget", busy_budget, 1 << 15),
+            ("engine.threads", threads.max(1), 1 << 10),
+            ("requests.choices", self.requests.choices, 1 << 15),
+            ("requests.prompts", self.requests.prompts, 1 << 15),
+            ("turns.prompt_tokens", self.turns.prompt_tokens, usize::MAX),
+            ("turns.max_tokens", self.turns.max_tokens as usize, usize::MAX),
+            ("turns.default_max_tokens", self.turns.default_max_tokens as usize, usize::MAX),
+        ] {
+            if value == 0 || value > most {
+                return wrong(key, &format!("is {value}, and must be from 1 to {most}"));
+            }
+        }
+        if self.server.host.parse::<std::net::IpAddr>().is_err() && self.server.host != "localhost" {
+            return wrong("server.host", &format!("is `{}`, and must be an address such as 127.0.0.1 or ::", self.server.host));
+        }
+        for (n, key) in self.key.iter().enumerate() {
+            if self.key[..n].iter().any(|other| other.name == key.name || other.hash == key.hash) {
+                return wrong(&format!("key.{n}"), &format!("has a name or a hash that another has: `{}`", key.name));
+            }
+        }
+        let mut names = std::collections::BTreeSet::new();
+        for (n, model) in self.model.iter().enumerate() {
+            for name in std::iter::once(model.served_name()).chain(model.aliases.iter().cloned()) {
+                if name.is_empty() || name.chars().any(char::is_whitespace) {
+                    return wrong(&format!("model.{n}"), &format!("has the name `{name}`; names are words"));
+                }
+                if !names.insert(name.clone()) {
+                    return wrong(&format!("model.{n}"), &format!("has the name `{name}`, which another model has"));
+                }
+            }
+            if model.lora.is_some() != model.lora_alpha.is_some() {
+                return wrong(&format!("model.{n}.lora_alpha"), "and `lora` go together: the alpha is in no LoRA file");
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether only this machine can reach the server.
+    pub fn is_loopback(&self) -> bool {
+        self.server.host == "localhost" || self.server.host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    }
+}
+
+impl Model {
+    /// The name clients use.
+    pub fn served_name(&self) -> String {
+        if !self.name.is_empty() {
+            return self.name.clone();
+        }
+        let stem = |file: &Path| file.file_stem().map(|s| s.to_string_lossy().replace(char::is_whitespace, "-"));
+        self.file.as_deref().map_or_else(|| "stories".into(), |file| stem(file).unwrap_or_default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(toml: &str, environment: &[(&str, &str)], flags: Flags) -> Result<Config, Error> {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("rewake.toml");
+        std::fs::write(&path, toml).expect("a file");
+        let environment = environment.iter().map(|(k, v)| (k.to_string(), v.to_string()));
+        Config::load(&Flags { config: Some(path), ..flags }, environment)
+    }
+
+    #[test]
+    fn the_documented_file_is_the_defaults() {
+        let documented = load(include_str!("../config/rewake.toml"), &[], Flags::default()).expect("it is valid");
+        let defaults = Config::load(&Flags::default(), std::iter::empty()).expect("defaults are valid");
+        assert_eq!(documented, defaults);
+        // And it names every key there is: each is set in it, not only left at its default.
+        let given: serde_json::Value = config::Config::builder()
+            .add_source(config::File::from_str(include_str!("../config/rewake.toml"), config::FileFormat::Toml))
+            .build()
+            .and_then(config::Config::try_deserialize)
+            .expect("a table");
+        let all = serde_json::to_value(Config::default()).expect("a table");
+        for (section, keys) in all.as_object().expect("sections") {
+            for key in keys.as_object().into_iter().flat_map(|keys| keys.keys()) {
+                assert!(given[section].get(key).is_some(), "config/rewake.toml does not mention {section}.{key}");
+            }
+        }
+    }
+
+    #[test]
+    fn each_source_overrides_the_one_before() {
+        let toml = "[server]\nport = 1\nhost = \"0.0.0.0\"\n[engine]\nseats = 3\n";
+        let environment = [("REWAKE_SERVER__PORT", "2"), ("REWAKE_ENGINE__QUEUE", "5"), ("REWAKE_LOG", "debug")];
+        let flags = Flags { host: Some("127.0.0.2".into()), ..Flags::default() };
+        let config = load(toml, &environment, flags).expect("valid");
+        assert_eq!((config.server.port, config.engine.seats, config.engine.queue), (2, 3, 5));
+        assert_eq!(config.server.host, "127.0.0.2");
+        assert!(config.is_loopback());
+    }
+
+    #[test]
+    fn a_wrong_value_is_named() {
+        let hash = "0".repeat(64);
+        let twice = format!("[[key]]\nname='a'\nhash='{hash}'\ntenant='t'\n").repeat(2);
+        for (toml, names) in [
+            ("[server]\nport = \"many\"\n", "server.port"),
+            ("[server]\nport = 70000\n", "server.port"),
+            ("[server]\nprot = 1\n", "prot"),
+            ("[sever]\n", "sever"),
+            ("[engine]\nseats = 0\n", "engine.seats"),
+            ("[server]\nhost = \"my house\"\n", "server.host"),
+            ("[[model]]\nname = \"a\"\n[[model]]\nname = \"a\"\n", "`a`"),
+            ("[[model]]\nlora = \"x\"\n", "lora_alpha"),
+            ("[[model]]\nquantize = \"q8_0\"\n", "quantize"),
+            ("[[key]]\nname = \"a\"\nhash = \"xyz\"\ntenant = \"t\"\n", "hash"),
+            (&twice, "key.1"),
+        ] {
+            let error = load(toml, &[], Flags::default()).expect_err(toml).to_string();
+            assert!(error.contains(names), "{toml}: {error}");
+        }
+        let error = load("", &[("REWAKE_SERVER__PORT", "x")], Flags::default()).expect_err("x is no port").to_string();
+        assert!(error.contains("port"), "{error}");
+        assert!(Config::load(&Flags { config: Some("/not/there.toml".into()), ..Flags::default() }, std::iter::empty()).is_err());
+    }
+}

@@ -1,0 +1,3 @@
+//! The HTTP contract that needs no model: the document, and what the router does before a turn begins.
+
+mod document;
