@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use tokio::net::TcpListener;
 
+use crate::api;
 use crate::config::{self, Config, ProfileChoice};
 use crate::engine::{Handle, ModelBackend};
 use crate::model::{self, Checkpoint, LoadOptions, Lora};
@@ -17,7 +18,6 @@ use crate::session::{Model, ModelCard, Sessions};
 use crate::state::{Archive, InMemory, Local, Store};
 use crate::telemetry::{clock, metrics};
 use crate::text::{self, Profile, Tokenizer};
-use crate::api;
 
 /// The embedded demonstration model: a small RWKV-7 that tells stories.
 mod demo {
@@ -55,7 +55,11 @@ impl App {
     }
 
     /// Serves until `shutdown`; then refuses new turns, lets running ones finish in the configured time, and returns.
-    pub async fn run(self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
+    pub async fn run(
+        self,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()> + Send + 'static,
+    ) -> io::Result<()> {
         let Self { router, sessions, drain } = self;
         let (drained, wait) = tokio::sync::oneshot::channel();
         let serve = axum::serve(listener, router).with_graceful_shutdown(async move {
@@ -93,6 +97,24 @@ pub fn state_dir(states: &config::States) -> anyhow::Result<PathBuf> {
     let args = AppStrategyArgs { top_level_domain: "org".into(), author: "rewake".into(), app_name: "rewake".into() };
     let native = choose_native_strategy(args).context("this user has no data folder; name one with --state-dir")?;
     Ok(native.data_dir())
+}
+
+/// Finds what can be known to be wrong before anything is started: files that are not there, profiles nobody knows.
+pub fn check(config: &Config) -> anyhow::Result<()> {
+    for model in &config.model {
+        let tokenizer =
+            model.tokenizer.as_ref().filter(|t| !["world", "bytes"].contains(&t.as_str())).map(PathBuf::from);
+        for file in [&model.file, &model.lora, &model.state, &tokenizer].into_iter().flatten() {
+            fs::File::open(file).with_context(|| format!("cannot open {}", file.display()))?;
+        }
+        if let Some(ProfileChoice::Named(name)) = &model.profile {
+            builtin_profile(name)?;
+        }
+        if let Some(ProfileChoice::Own(profile)) = &model.profile {
+            profile.check()?;
+        }
+    }
+    Ok(())
 }
 
 /// Loads every configured model. `progress` hears (model, tensors loaded, tensors in all).
@@ -190,6 +212,10 @@ fn profile(config: &config::Model, text: &dyn Tokenizer) -> anyhow::Result<Profi
         (None, Some(_)) if text.name() == "world" => "g1",
         (None, Some(_)) => "world",
     };
+    builtin_profile(name)
+}
+
+fn builtin_profile(name: &str) -> anyhow::Result<Profile> {
     text::builtin(name).with_context(|| {
         let known: Vec<_> = text::builtin_names().collect();
         format!("there is no profile `{name}`; there are {}", known.join(", "))

@@ -200,7 +200,10 @@ impl Config {
             }
         }
         if self.server.host.parse::<std::net::IpAddr>().is_err() && self.server.host != "localhost" {
-            return wrong("server.host", &format!("is `{}`, and must be an address such as 127.0.0.1 or ::", self.server.host));
+            return wrong(
+                "server.host",
+                &format!("is `{}`, and must be an address such as 127.0.0.1 or ::", self.server.host),
+            );
         }
         for (n, key) in self.key.iter().enumerate() {
             if self.key[..n].iter().any(|other| other.name == key.name || other.hash == key.hash) {
@@ -305,6 +308,9 @@ mod tests {
         }
         let error = load("", &[("REWAKE_SERVER__PORT", "x")], Flags::default()).expect_err("x is no port").to_string();
         assert!(error.contains("port"), "{error}");
-        assert!(Config::load(&Flags { config: Some("/not/there.toml".into()), ..Flags::default() }, std::iter::empty()).is_err());
+        assert!(
+            Config::load(&Flags { config: Some("/not/there.toml".into()), ..Flags::default() }, std::iter::empty())
+                .is_err()
+        );
     }
 }

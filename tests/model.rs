@@ -10,14 +10,8 @@ use support::vectors::{Case, cases};
 
 /// Runs tokens through one slot, in one step, and gives the logits after each.
 fn read(model: &mut Model, pool: &mut Pool, tokens: &[u32], from: u32, into: u32) -> Vec<Vec<f32>> {
-    let row = Row {
-        seq: SeqId(0),
-        from: SlotId(from),
-        into: SlotId(into),
-        at: 0,
-        tokens: 0..tokens.len(),
-        want: Want::All,
-    };
+    let row =
+        Row { seq: SeqId(0), from: SlotId(from), into: SlotId(into), at: 0, tokens: 0..tokens.len(), want: Want::All };
     steps(model, pool, tokens, &[row])
 }
 
@@ -71,12 +65,8 @@ fn parity_with_the_original_code() {
             pool.reset(SlotId(0));
             let got = read(&mut model, &mut pool, &case.tokens, 0, 0);
             assert_eq!(got.len(), case.logits.len());
-            let worst = got
-                .iter()
-                .flatten()
-                .zip(case.logits.iter().flatten())
-                .map(|(g, w)| (g - w).abs())
-                .fold(0f32, f32::max);
+            let worst =
+                got.iter().flatten().zip(case.logits.iter().flatten()).map(|(g, w)| (g - w).abs()).fold(0f32, f32::max);
             println!("{name}: largest error {:.2e} of the RMS", worst / case.rms());
             assert!(worst <= 1e-4 * case.rms(), "{name}: {worst} of {}", case.rms());
 
@@ -125,9 +115,8 @@ fn batch_law_a_sequence_does_not_feel_its_neighbours() {
         for batch in [3usize, 17, 64] {
             let mut pool = model.pool(batch + 1).expect("a pool");
             // Each sequence reads the same tokens from another place on; sequence 0 is also run alone.
-            let texts: Vec<Vec<u32>> = (0..batch)
-                .map(|i| case.tokens.iter().cycle().skip(i).take(9 + i % 5).copied().collect())
-                .collect();
+            let texts: Vec<Vec<u32>> =
+                (0..batch).map(|i| case.tokens.iter().cycle().skip(i).take(9 + i % 5).copied().collect()).collect();
             let mut alone = Vec::new();
             for text in &texts {
                 pool.reset(SlotId(0));
@@ -148,7 +137,14 @@ fn batch_law_a_sequence_does_not_feel_its_neighbours() {
                     let slot = SlotId(i as u32);
                     let tokens = ids.len()..ids.len() + n;
                     ids.extend(&texts[i][done[i]..done[i] + n]);
-                    let row = Row { seq: SeqId(i as u64), from: slot, into: slot, at: done[i] as u64, tokens, want: Want::Last };
+                    let row = Row {
+                        seq: SeqId(i as u64),
+                        from: slot,
+                        into: slot,
+                        at: done[i] as u64,
+                        tokens,
+                        want: Want::Last,
+                    };
                     rows.push(row);
                     done[i] += n;
                 }

@@ -45,6 +45,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     // `vars` panics on a name that is not Unicode; such a variable is none of ours.
     let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
     let config = Config::load(&flags, environment)?;
+    app::check(&config)?;
     telemetry::init(&config.log)?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(serve(config))
 }
@@ -99,7 +100,9 @@ fn welcome(config: &Config, cards: &[ModelCard], address: std::net::SocketAddr) 
             card.state_bytes.div_ceil(1024)
         ));
         if model.file.is_none() {
-            lines.push("          a demonstration that writes little stories; serve a real one with --model FILE".into());
+            lines.push(
+                "          a demonstration that writes little stories; serve a real one with --model FILE".into(),
+            );
         }
     }
     let states = match config.states.dir.as_str() {

@@ -112,7 +112,12 @@ impl Handle {
     ///
     /// # Errors
     /// When the operating system gives no thread.
-    pub fn start(name: &str, backend: impl Backend + 'static, text: Arc<dyn Tokenizer>, limits: Limits) -> std::io::Result<Self> {
+    pub fn start(
+        name: &str,
+        backend: impl Backend + 'static,
+        text: Arc<dyn Tokenizer>,
+        limits: Limits,
+    ) -> std::io::Result<Self> {
         assert!(backend.slots() >= 2 * limits.seats, "two slots for each seat");
         let (inbox, arrivals) = std::sync::mpsc::channel();
         let gauges = Arc::<Gauges>::default();

@@ -133,11 +133,8 @@ impl Response {
         self.recent.push(token);
         self.counts.add(token, self.sampling.penalty_decay);
         let piece = self.output.push(bytes);
-        let finish = if piece.stopped {
-            Some(Finish::Stop)
-        } else {
-            (self.sampled() >= self.wanted).then_some(Finish::Length)
-        };
+        let finish =
+            if piece.stopped { Some(Finish::Stop) } else { (self.sampled() >= self.wanted).then_some(Finish::Length) };
         Accepted { text: piece.text, finish }
     }
 

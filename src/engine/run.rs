@@ -77,7 +77,13 @@ impl Place {
 }
 
 impl Engine {
-    pub fn new(name: &str, backend: Box<dyn Backend>, text: Arc<dyn Tokenizer>, limits: Limits, gauges: Arc<Gauges>) -> Self {
+    pub fn new(
+        name: &str,
+        backend: Box<dyn Backend>,
+        text: Arc<dyn Tokenizer>,
+        limits: Limits,
+        gauges: Arc<Gauges>,
+    ) -> Self {
         // The semaphore of the handle bounds the queue; a job that got its permit is never refused here.
         let scheduler = Scheduler::new(Limits { queue: limits.queue + limits.seats, ..limits });
         Self {
@@ -98,7 +104,12 @@ impl Engine {
     pub fn run(mut self, arrivals: &Receiver<Submission>) {
         while self.receive(arrivals) {
             self.drop_deserted();
-            metrics::occupancy(&self.name, self.scheduler.waiting(), self.seats - self.scheduler.free_seats(), self.seats);
+            metrics::occupancy(
+                &self.name,
+                self.scheduler.waiting(),
+                self.seats - self.scheduler.free_seats(),
+                self.seats,
+            );
             let plan = self.scheduler.plan();
             if !plan.spans.is_empty() {
                 self.step(&plan);
@@ -136,9 +147,11 @@ impl Engine {
             send(&events, Event::Text { choice: 0, text: primed });
         }
         if response.over() {
-            let kept = job.memory.as_deref().filter(|_| job.keep).map(|memory| {
-                Box::new(Kept { memory: memory.clone(), ids: memory.pending.ends.clone() })
-            });
+            let kept = job
+                .memory
+                .as_deref()
+                .filter(|_| job.keep)
+                .map(|memory| Box::new(Kept { memory: memory.clone(), ids: memory.pending.ends.clone() }));
             send(&events, Event::Done { choice: 0, finish: Finish::Stop, sampled: 0, kept });
             return;
         }
@@ -149,7 +162,8 @@ impl Engine {
         }
         let prompt = Place { current: SlotId(0), fed: 0, anchor: None, shared: false };
         let since = clock::now();
-        let live = Live { job, events, _permit: permit, since, seats: Vec::new(), prompt, response, choices: Vec::new() };
+        let live =
+            Live { job, events, _permit: permit, since, seats: Vec::new(), prompt, response, choices: Vec::new() };
         self.jobs.insert(id, live);
     }
 

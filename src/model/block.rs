@@ -71,12 +71,7 @@ impl InplaceOp2 for TokenShift<'_> {
     fn name(&self) -> &'static str {
         "token shift"
     }
-    fn cpu_fwd(
-        &self,
-        out: &mut CpuStorage,
-        out_l: &Layout,
-        x: &CpuStorage, x_l: &Layout,
-    ) -> candle_core::Result<()> {
+    fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, x: &CpuStorage, x_l: &Layout) -> candle_core::Result<()> {
         let (x, out, width) = (floats(x, x_l)?, floats_mut(out, out_l)?, self.width);
         let previous = |token: usize| -> &[f32] {
             match self.first[token] {
@@ -298,12 +293,7 @@ impl InplaceOp2 for Gather<'_> {
     fn name(&self) -> &'static str {
         "gather"
     }
-    fn cpu_fwd(
-        &self,
-        out: &mut CpuStorage,
-        out_l: &Layout,
-        x: &CpuStorage, x_l: &Layout,
-    ) -> candle_core::Result<()> {
+    fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, x: &CpuStorage, x_l: &Layout) -> candle_core::Result<()> {
         let (x, out) = (floats(x, x_l)?, floats_mut(out, out_l)?);
         for (&row, out) in self.rows.iter().zip(out.chunks_exact_mut(self.width)) {
             out.copy_from_slice(&x[row * self.width..][..self.width]);

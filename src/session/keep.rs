@@ -23,6 +23,7 @@ pub(super) struct Keeper {
     pub archive: Archive,
     pub model: Arc<Model>,
     pub parent: Option<Parent>,
+    /// Until its turn has ended.
     pub session: Option<Session>,
     pub created: u64,
     pub expires_at: Option<u64>,

@@ -42,13 +42,19 @@ impl Sessions {
             return Ok(replayed);
         }
         if turn.initial_state.as_ref().is_some_and(|_| origin.parent.is_some()) {
-            return invalid("initial_state", "a state or session that exists has its own beginning; leave initial_state out");
+            return invalid(
+                "initial_state",
+                "a state or session that exists has its own beginning; leave initial_state out",
+            );
         }
         if let Some(name) = &turn.initial_state {
             return invalid("initial_state", &format!("no initial state `{name}` is configured for this model"));
         }
         if origin.parent.is_none() && turn.input == Input::Chat(Vec::new()) {
-            return invalid("messages", "there is nothing to answer: messages may be empty only when a conversation goes on");
+            return invalid(
+                "messages",
+                "there is nothing to answer: messages may be empty only when a conversation goes on",
+            );
         }
         let memory = origin.parent.as_ref().map(|p| p.memory.clone());
         let readings = prompt::read(&model, &turn.input, memory.as_deref())?;
@@ -57,15 +63,18 @@ impl Sessions {
         let jobs = jobs(&turn, &model, &readings, memory, max_tokens);
         if jobs.len() > model.engine.capacity() {
             let most = model.engine.capacity();
-            return invalid("n", &format!("this asks for more answers at once than the {most} the server has room for"));
+            return invalid(
+                "n",
+                &format!("this asks for more answers at once than the {most} the server has room for"),
+            );
         }
-        let permits =
-            model.engine.reserve(jobs.len()).map_err(|full| Error::Full { retry_after: full.retry_after })?;
+        let permits = model.engine.reserve(jobs.len()).map_err(|full| Error::Full { retry_after: full.retry_after })?;
 
         let consumed = origin.parent.as_ref().map_or(0, |p| p.memory.consumed);
         let (events, receiver) = mpsc::channel(BACKLOG);
         let created = clock::unix_seconds();
         let running = Running {
+            response_id: turn.response_id.clone(),
             model: model.card.id.clone(),
             fingerprint: model.card.fingerprint.clone(),
             created,
@@ -75,7 +84,7 @@ impl Sessions {
             choices: readings.len() * turn.choices,
             events: receiver,
         };
-        let keeper = Keeper {
+        let mut keeper = Keeper {
             archive: self.archive.clone(),
             model: model.clone(),
             parent: origin.parent,
@@ -89,7 +98,7 @@ impl Sessions {
         self.turns.spawn(async move {
             let outputs = submit(&model, jobs, permits);
             tokio::select! {
-                () = forward(outputs, &keeper, &events) => {}
+                () = forward(outputs, &mut keeper, &events) => {}
                 () = stop.cancelled() => {
                     let _ = events.try_send(Event::Failed(Error::Draining));
                 }
@@ -224,6 +233,7 @@ impl Sessions {
         };
         events.try_send(done).expect("room for two");
         Some(Running {
+            response_id: record.response_id,
             model: record.model,
             fingerprint: model.card.fingerprint.clone(),
             created: record.created,
@@ -288,7 +298,7 @@ fn submit(model: &Model, jobs: Vec<Placed>, permits: Vec<Permit>) -> Outputs {
 }
 
 /// Passes the jobs' events on, keeping what is to be kept before it is announced, until all are done or nobody listens.
-async fn forward(mut outputs: Outputs, keeper: &Keeper, events: &mpsc::Sender<Event>) {
+async fn forward(mut outputs: Outputs, keeper: &mut Keeper, events: &mpsc::Sender<Event>) {
     let mut texts: BTreeMap<usize, String> = BTreeMap::new();
     loop {
         let next = tokio::select! {
@@ -313,9 +323,12 @@ async fn forward(mut outputs: Outputs, keeper: &Keeper, events: &mpsc::Sender<Ev
                     }
                     None => None,
                 };
+                // Its reader may send the next turn as soon as it has read of this one's end.
+                keeper.session = None;
                 Event::Done { choice, finish, completion_tokens: sampled, stored }
             }
             Some((_, engine::Event::Failed(why))) => {
+                keeper.session = None;
                 let _ = events.send(Event::Failed(Error::Engine(why))).await;
                 return;
             }

@@ -55,6 +55,8 @@ pub enum Prompt {
 /// A turn under way. Dropping it cancels the generation within one step.
 #[derive(Debug)]
 pub struct Running {
+    /// The turn's `response_id`, or that of the turn a repeated `Idempotency-Key` brings back.
+    pub response_id: String,
     /// Served name of the model that answers.
     pub model: String,
     /// For `system_fingerprint`.
@@ -84,12 +86,7 @@ pub enum Event {
     /// Text to append to a choice; never empty, never part of a stop string, always whole characters.
     Text { choice: usize, text: String },
     /// A choice is complete and, if it was to be stored, durable.
-    Done {
-        choice: usize,
-        finish: Finish,
-        completion_tokens: u64,
-        stored: Option<Result<StateReceipt, StateError>>,
-    },
+    Done { choice: usize, finish: Finish, completion_tokens: u64, stored: Option<Result<StateReceipt, StateError>> },
     /// The turn failed after it had begun; nothing follows.
     Failed(Error),
 }
@@ -123,7 +120,9 @@ pub enum Error {
     StateNotFound(StateId),
     #[error("no session `{0}`")]
     SessionNotFound(SessionId),
-    #[error("the state belongs to other weights (model `{state_model}`) than `{model}` serves; resume it with the model that made it")]
+    #[error(
+        "the state belongs to other weights (model `{state_model}`) than `{model}` serves; resume it with the model that made it"
+    )]
     StateModelMismatch { state_model: String, model: String },
     #[error("session `{0}` is running another turn; wait for it to end")]
     SessionBusy(SessionId),

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use futures::stream::{self, StreamExt, TryStreamExt};
 use bytes::Bytes;
+use futures::stream::{self, StreamExt, TryStreamExt};
 
 use super::{Damaged, Error, Info, Put, Store, codec};
 use crate::types::{SessionId, Snapshot, StateId, Tenant};

@@ -5,11 +5,11 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Location;
 use object_store::{GetOptions, GetResult, ObjectStore, ObjectStoreExt, PutMode};
-use bytes::Bytes;
 
 use super::store::{check, is_name};
 use super::{Error, Put, Start, Store};

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use futures::future::{BoxFuture, FutureExt, ready};
 use bytes::Bytes;
+use futures::future::{BoxFuture, FutureExt, ready};
 
 use super::store::check;
 use super::{Error, Put, Start, Store};

@@ -6,8 +6,8 @@
 
 use std::collections::{BTreeSet, HashSet};
 
-use futures::stream::{self, StreamExt, TryStreamExt};
 use bytes::Bytes;
+use futures::stream::{self, StreamExt, TryStreamExt};
 
 use super::archive::{AT_ONCE, damaged};
 use super::{Archive, Damaged, Entry, Error, Listed, Put, record};

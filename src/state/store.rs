@@ -1,7 +1,7 @@
 //! The seam to whatever keeps bytes.
 
-use futures::future::BoxFuture;
 use bytes::Bytes;
+use futures::future::BoxFuture;
 
 use super::Error;
 

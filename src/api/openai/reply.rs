@@ -212,9 +212,9 @@ pub struct Opening {
 }
 
 impl Opening {
-    fn new(id: String, running: &Running) -> Self {
+    fn new(running: &Running) -> Self {
         let heading = Heading {
-            id,
+            id: running.response_id.clone(),
             created: running.created,
             model: running.model.clone(),
             system_fingerprint: system_fingerprint(&running.fingerprint),
@@ -231,10 +231,9 @@ fn system_fingerprint(weights: &str) -> String {
 
 /// Runs an order and answers it, at once or as a stream. Dropping the future, or the stream, cancels the turn.
 pub async fn respond<S: Shape>(app: &Arc<App>, order: Order, record: Record) -> Result<Response, Error> {
-    let id = order.turn.response_id.clone();
     let running = app.sessions.start(order.turn).await?;
     record.begins(&running);
-    let opening = Opening::new(id, &running);
+    let opening = Opening::new(&running);
     let events = Box::pin(events(running));
     let mut response = match order.stream {
         Some(options) => {

@@ -120,12 +120,7 @@ fn tile<T: Stored, const R: usize>(panel: &[T], inputs: usize, x: &[f32], acc: &
 /// AVX2, FMA and F16C; `panel` holds `inputs × PANEL` weights and `x` at least `R × inputs` values.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile_avx2<T: Stored, const R: usize>(
-    panel: &[T],
-    inputs: usize,
-    x: &[f32],
-    acc: &mut [[f32; PANEL]; ROWS],
-) {
+unsafe fn tile_avx2<T: Stored, const R: usize>(panel: &[T], inputs: usize, x: &[f32], acc: &mut [[f32; PANEL]; ROWS]) {
     use std::arch::x86_64::{_mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_setzero_ps, _mm256_storeu_ps};
     const VECTORS: usize = PANEL / 8;
     let mut sums = [[_mm256_setzero_ps(); VECTORS]; R];

@@ -123,9 +123,15 @@ impl Weight {
     /// Feeds the values' little-endian bytes to `hash`.
     pub fn hash(&self, hash: &mut blake3::Hasher) {
         match self {
-            Self::F32(v) => v.chunks(512).for_each(|c| { hash.update(&bytes(c, |x| x.to_le_bytes())); }),
-            Self::F16(v) => v.chunks(512).for_each(|c| { hash.update(&bytes(c, |x| x.to_le_bytes())); }),
-            Self::BF16(v) => v.chunks(512).for_each(|c| { hash.update(&bytes(c, |x| x.to_le_bytes())); }),
+            Self::F32(v) => v.chunks(512).for_each(|c| {
+                hash.update(&bytes(c, |x| x.to_le_bytes()));
+            }),
+            Self::F16(v) => v.chunks(512).for_each(|c| {
+                hash.update(&bytes(c, |x| x.to_le_bytes()));
+            }),
+            Self::BF16(v) => v.chunks(512).for_each(|c| {
+                hash.update(&bytes(c, |x| x.to_le_bytes()));
+            }),
         }
     }
 

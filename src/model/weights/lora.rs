@@ -39,7 +39,8 @@ impl Lora {
                 }
                 continue;
             };
-            let (a, b) = (self.tensors.shape(&format!("{linear}.lora_A")), self.tensors.shape(&format!("{linear}.lora_B")));
+            let (a, b) =
+                (self.tensors.shape(&format!("{linear}.lora_A")), self.tensors.shape(&format!("{linear}.lora_B")));
             let fits = matches!((a, b, base.shape.as_slice()),
                 (Some([r, i]), Some([o, s]), [out, inp]) if r == s && i == inp && o == out && *r > 0);
             if !fits {

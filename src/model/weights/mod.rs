@@ -44,7 +44,10 @@ impl Checkpoint {
         let mut magic = [0u8; 4];
         let mut file = std::fs::File::open(path).map_err(unreadable)?;
         if std::io::Read::read_exact(&mut file, &mut magic).is_err() {
-            return Err(Error::Format { path: path.display().to_string(), why: "it is shorter than four bytes".into() });
+            return Err(Error::Format {
+                path: path.display().to_string(),
+                why: "it is shorter than four bytes".into(),
+            });
         }
         if magic == *b"PK\x03\x04" { pth::open(path) } else { safetensors::open(path) }
     }
@@ -125,9 +128,7 @@ impl<'a> Loader<'a> {
     pub fn matrix_shape(&self, name: &str) -> Result<(usize, usize), Error> {
         match self.checkpoint.shape(name) {
             Some(&[rows, cols]) if rows > 0 && cols > 0 => Ok((rows, cols)),
-            Some(other) => {
-                Err(Error::Shape { name: name.into(), found: other.to_vec(), expected: "a matrix".into() })
-            }
+            Some(other) => Err(Error::Shape { name: name.into(), found: other.to_vec(), expected: "a matrix".into() }),
             None => Err(self.missing(name, "a matrix".into())),
         }
     }
