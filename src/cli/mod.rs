@@ -1,5 +1,6 @@
 //! The command line: one file a command; progress bars live here and nowhere else.
 
+mod health;
 mod serve;
 
 use std::process::ExitCode;
@@ -21,6 +22,8 @@ struct Cli {
 enum Command {
     /// Serve models over HTTP (the default).
     Serve(serve::Args),
+    /// Ask a running server whether it is alive; the exit status tells.
+    Health(health::Args),
 }
 
 const EXAMPLES: &str = "\
@@ -40,6 +43,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
         Some(Command::Serve(args)) => serve::run(args),
+        Some(Command::Health(args)) => health::run(&args),
         None => serve::run(cli.serve),
     };
     match done {

@@ -1,10 +1,11 @@
-//! The skeleton all generations share: `emb → ln0 → [ln1 → mixer 1 → residual; ln2 → mixer 2 → residual] × L → ln_out → head`.
+//! The skeleton all generations share: `emb → ln0 → [ln1 → mixer 1 → residual; ln2 → mixer 2 → residual] × L → head`.
 
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Tensor};
 
 use super::kernels::{Shared, Weight};
 use super::linear::{self, LayerNorm, Linear, Orientation, floats, floats_mut};
 use super::pool::Pool;
+use super::registry::{Generation, Sizes};
 use super::weights::Loader;
 use super::workspace::Workspace;
 use super::{ARITHMETIC, Error};
@@ -19,6 +20,62 @@ pub trait Mixer: Send {
     fn forward(&self, x: &Tensor, step: &mut Step, carry: &mut Carry) -> Result<Tensor, Error>;
 }
 
+/// What makes logits of the residual stream: the last norm, the output layer and what a generation adds to them.
+pub trait Head: Send {
+    /// As [`Mixer::segments`].
+    fn segments(&self) -> Vec<Segment> {
+        Vec::new()
+    }
+
+    /// `x [N, C]`, the residual stream of every token → `[M, V]`, the logits after the tokens `wanted` (M of them, perhaps
+    /// none), in a scratch buffer.
+    fn forward(&self, x: &Tensor, wanted: &[usize], step: &mut Step) -> Result<Tensor, Error>;
+}
+
+/// The head of v4 and later: `ln_out` and a linear layer.
+pub struct LinearHead {
+    pub ln_out: LayerNorm,
+    pub linear: Linear,
+}
+
+impl LinearHead {
+    pub fn load(loader: &Loader, sizes: &Sizes) -> Result<Box<dyn Head>, Error> {
+        let linear = loader.linear("head.weight", sizes.vocabulary, sizes.width, Orientation::OutIn)?;
+        Ok(Box::new(Self { ln_out: LayerNorm::load(loader, "ln_out", sizes.width)?, linear }))
+    }
+}
+
+impl Head for LinearHead {
+    fn forward(&self, x: &Tensor, wanted: &[usize], step: &mut Step) -> Result<Tensor, Error> {
+        let (_, width) = x.dims2()?;
+        let rows = gather(x, wanted, step)?;
+        let normed = step.work.scratch((wanted.len(), width))?;
+        self.ln_out.forward(&rows, &normed)?;
+        let logits = step.work.scratch((wanted.len(), self.linear.outputs()))?;
+        self.linear.forward(&normed, &logits)?;
+        Ok(logits)
+    }
+}
+
+/// The rows `wanted` of `x [N, C]`, in a scratch buffer.
+pub fn gather(x: &Tensor, wanted: &[usize], step: &mut Step) -> Result<Tensor, Error> {
+    let (_, width) = x.dims2()?;
+    let out = step.work.scratch((wanted.len(), width))?;
+    if !wanted.is_empty() {
+        out.inplace_op2(x, &Gather { rows: wanted, width })?;
+    }
+    Ok(out)
+}
+
+/// How a mixer's result joins the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Residual {
+    /// `x = x + f(ln(x))`.
+    Plain,
+    /// `x = ln(x); x = x + f(x)`: the stream itself is normalised (v2).
+    Normed,
+}
+
 /// What one layer hands on to later ones within a step.
 #[derive(Default)]
 pub struct Carry {
@@ -29,6 +86,8 @@ pub struct Carry {
 /// One step as a mixer sees it.
 pub struct Step<'a> {
     pub rows: &'a [Row],
+    /// The ids of the rows' tokens.
+    pub ids: &'a [u32],
     /// For each token, the slot to read its predecessor from, when the token is the first of a row.
     pub first: &'a [Option<u32>],
     pub work: &'a mut Workspace,
@@ -38,9 +97,14 @@ pub struct Step<'a> {
 }
 
 impl Step<'_> {
-    /// The slots of the mixer's `n`-th segment, and the width of one.
-    pub fn segment(&mut self, n: usize) -> (Shared, usize) {
+    /// All slots of the mixer's `n`-th segment, a fixed one.
+    pub fn segment(&mut self, n: usize) -> Shared {
         self.pool.shared(self.base + n)
+    }
+
+    /// The mixer's `n`-th segment, a log: one buffer for each slot. A row's is already in its `into`.
+    pub fn logs(&mut self, n: usize) -> &mut [Vec<f32>] {
+        self.pool.logs(self.base + n)
     }
 
     /// Tokens in the step.
@@ -54,7 +118,7 @@ impl Step<'_> {
 pub fn token_shift(x: &Tensor, mixes: &[f32], segment: usize, step: &mut Step) -> Result<Tensor, Error> {
     let (tokens, width) = x.dims2()?;
     let out = step.work.scratch((mixes.len() / width, tokens, width))?;
-    let (state, _) = step.segment(segment);
+    let state = step.segment(segment);
     out.inplace_op2(x, &TokenShift { mixes, width, state, rows: step.rows, first: step.first })?;
     Ok(out)
 }
@@ -101,8 +165,10 @@ pub struct Description {
     pub parameters: u64,
     pub fingerprint: String,
     pub arithmetic: &'static str,
-    /// Bytes of one sequence's state.
+    /// Bytes of one sequence's state, what grows with the text not counted.
     pub state_bytes: u64,
+    /// Tokens a sequence can have, where the model has such a limit.
+    pub context: Option<usize>,
 }
 
 struct Block {
@@ -117,46 +183,44 @@ pub struct Model {
     description: Description,
     /// `[V, C]`, in its stored type; ln0 is applied as tokens are looked up, in f32.
     embedding: Weight,
-    ln0: LayerNorm,
+    /// Not in v1 and v2.
+    ln0: Option<LayerNorm>,
+    residual: Residual,
     blocks: Vec<Block>,
-    ln_out: LayerNorm,
-    head: Linear,
+    head: Box<dyn Head>,
     segments: Vec<Segment>,
     initial: Vec<SegmentData>,
     work: Workspace,
 }
 
-/// Makes the two mixers of layer `n`.
-pub type MakeMixers<'a> = &'a dyn Fn(&Loader, usize) -> Result<(Box<dyn Mixer>, Box<dyn Mixer>), Error>;
-
 impl Model {
-    /// Loads the skeleton's tensors, and each layer's mixers through `mixers`.
-    pub(super) fn new(loader: &Loader, mut description: Description, mixers: MakeMixers) -> Result<Self, Error> {
-        let (width, vocabulary) = (description.width, description.vocabulary);
-        let norm = |name: &str| -> Result<LayerNorm, Error> {
-            Ok(LayerNorm {
-                weight: loader.values(&format!("{name}.weight"), &[width])?,
-                bias: loader.values(&format!("{name}.bias"), &[width])?,
-            })
-        };
-        let embedding = loader.table("emb.weight", vocabulary, width)?;
-        let ln0 = norm("blocks.0.ln0")?;
+    /// Loads the skeleton's tensors, and through `generation` the mixers and the head.
+    pub(super) fn new(
+        loader: &Loader,
+        generation: &Generation,
+        sizes: &Sizes,
+        mut description: Description,
+    ) -> Result<Self, Error> {
+        let width = sizes.width;
+        let embedding = loader.table(generation.embedding, sizes.vocabulary, width)?;
+        let ln0 = generation.ln0.then(|| LayerNorm::load(loader, "blocks.0.ln0", width)).transpose()?;
         let mut blocks = Vec::new();
         let mut segments = Vec::new();
-        for layer in 0..description.layers {
-            let (mixer1, mixer2) = mixers(loader, layer)?;
+        for layer in 0..sizes.layers {
+            let (mixer1, mixer2) = (generation.mixers)(loader, layer, sizes)?;
             segments.extend(mixer1.segments());
             segments.extend(mixer2.segments());
-            let (ln1, ln2) = (norm(&format!("blocks.{layer}.ln1"))?, norm(&format!("blocks.{layer}.ln2"))?);
-            blocks.push(Block { ln1, mixer1, ln2, mixer2 });
+            let norm = |name: &str| LayerNorm::load(loader, &format!("blocks.{layer}.{name}"), width);
+            blocks.push(Block { ln1: norm("ln1")?, mixer1, ln2: norm("ln2")?, mixer2 });
         }
-        let ln_out = norm("ln_out")?;
-        let head = loader.linear("head.weight", vocabulary, width, Orientation::OutIn)?;
-        description.state_bytes =
-            segments.iter().map(|Segment::Fixed { shape, .. }| 4 * shape.iter().product::<usize>() as u64).sum();
+        let head = (generation.head)(loader, sizes)?;
+        segments.extend(head.segments());
+        description.state_bytes = 4 * segments.iter().map(Segment::values).sum::<usize>() as u64;
+        description.context =
+            segments.iter().filter_map(|s| if let Segment::Log { cap, .. } = s { *cap } else { None }).min();
         description.arithmetic = ARITHMETIC;
-        let (initial, work) = (Vec::new(), Workspace::default());
-        Ok(Self { description, embedding, ln0, blocks, ln_out, head, segments, initial, work })
+        let (initial, work, residual) = (Vec::new(), Workspace::default(), generation.residual);
+        Ok(Self { description, embedding, ln0, residual, blocks, head, segments, initial, work })
     }
 
     pub fn description(&self) -> &Description {
@@ -187,10 +251,11 @@ impl Model {
         let (first, wanted) = self.check(pool, ids, rows)?;
         let (tokens, width) = (ids.len(), self.description.width);
         self.work.release_all();
+        pool.fork_logs(rows);
 
         // 1. x = ln0(emb[ids])
         let x = self.work.held((tokens, width))?;
-        x.inplace_op1(&Embed { ids, table: &self.embedding, ln0: &self.ln0, width })?;
+        x.inplace_op1(&Embed { ids, table: &self.embedding, ln0: self.ln0.as_ref(), width })?;
         let normed = self.work.held((tokens, width))?;
 
         // 2. the blocks
@@ -199,7 +264,10 @@ impl Model {
         for block in &self.blocks {
             for (norm, mixer) in [(&block.ln1, &block.mixer1), (&block.ln2, &block.mixer2)] {
                 norm.forward(&x, &normed)?;
-                let mut step = Step { rows, first: &first, work: &mut self.work, pool, base };
+                if self.residual == Residual::Normed {
+                    linear::copy(&x, &normed)?;
+                }
+                let mut step = Step { rows, ids, first: &first, work: &mut self.work, pool, base };
                 let y = mixer.forward(&normed, &mut step, &mut carry)?;
                 linear::add(&x, &y)?;
                 self.work.release_scratch();
@@ -207,16 +275,12 @@ impl Model {
             }
         }
 
-        // 3. logits = head(ln_out(x)), where wanted
-        if wanted.is_empty() {
+        // 3. logits = head(x), where wanted; a head may have a state of its own to keep up
+        if wanted.is_empty() && self.head.segments().is_empty() {
             return Ok(());
         }
-        let last = self.work.held((wanted.len(), width))?;
-        last.inplace_op2(&x, &Gather { rows: &wanted, width })?;
-        let last_normed = self.work.held((wanted.len(), width))?;
-        self.ln_out.forward(&last, &last_normed)?;
-        let out = self.work.held((wanted.len(), self.head.outputs()))?;
-        self.head.forward(&last_normed, &out)?;
+        let mut step = Step { rows, ids, first: &first, work: &mut self.work, pool, base };
+        let out = self.head.forward(&x, &wanted, &mut step)?;
         let (storage, layout) = out.storage_and_layout();
         if let candle_core::Storage::Cpu(storage) = &*storage {
             logits.extend_from_slice(floats(storage, layout)?);
@@ -265,7 +329,7 @@ impl Model {
 struct Embed<'a> {
     ids: &'a [u32],
     table: &'a Weight,
-    ln0: &'a LayerNorm,
+    ln0: Option<&'a LayerNorm>,
     width: usize,
 }
 
@@ -277,8 +341,13 @@ impl InplaceOp1 for Embed<'_> {
         let out = floats_mut(out, out_l)?;
         let mut raw = vec![0f32; self.width];
         for (&id, out) in self.ids.iter().zip(out.chunks_exact_mut(self.width)) {
-            self.table.row(id as usize, &mut raw);
-            self.ln0.rows(&raw, out);
+            match self.ln0 {
+                Some(ln0) => {
+                    self.table.row(id as usize, &mut raw);
+                    ln0.rows(&raw, out);
+                }
+                None => self.table.row(id as usize, out),
+            }
         }
         Ok(())
     }

@@ -2,7 +2,9 @@
 
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, Tensor, bail};
 
+use super::Error;
 use super::kernels::{self, Activation, Panels, Weight};
+use super::weights::Loader;
 
 /// How a checkpoint stores a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +61,14 @@ pub struct LayerNorm {
 impl LayerNorm {
     /// Of every RWKV generation.
     const EPS: f32 = 1e-5;
+
+    /// The tensors `{name}.weight` and `{name}.bias`, `[width]` each.
+    pub fn load(loader: &Loader, name: &str, width: usize) -> std::result::Result<Self, Error> {
+        Ok(Self {
+            weight: loader.values(&format!("{name}.weight"), &[width])?,
+            bias: loader.values(&format!("{name}.bias"), &[width])?,
+        })
+    }
 
     /// Writes the normalised rows of `x [N, C]` into `out [N, C]`.
     pub fn forward(&self, x: &Tensor, out: &Tensor) -> Result<()> {

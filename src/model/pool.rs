@@ -2,9 +2,9 @@
 
 use super::Error;
 use super::kernels::Shared;
-use crate::types::{Segment, SegmentData, SlotId};
+use crate::types::{Row, Segment, SegmentData, SlotId};
 
-/// Slots of state, one buffer `[slots, …]` of f32 for each segment.
+/// Slots of state: one buffer `[slots, …]` of f32 for each fixed segment, a growable one a slot for each log.
 ///
 /// Memory of slots that were never written is never touched, so the operating system does not provide it.
 #[derive(Debug)]
@@ -15,31 +15,88 @@ pub struct Pool {
 
 #[derive(Debug)]
 struct Values {
-    name: String,
-    shape: Vec<usize>,
-    /// What a fresh sequence starts from, `[width]`.
+    segment: Segment,
+    /// What a fresh sequence starts from; empty for a log.
     initial: Vec<f32>,
+    data: Data,
+}
+
+#[derive(Debug)]
+enum Data {
     /// `[slots, width]`.
-    data: Vec<f32>,
+    Fixed(Vec<f32>),
+    /// For each slot `[entries, width]`.
+    Log(Vec<Vec<f32>>),
+}
+
+impl Data {
+    /// Makes `slot` hold `values`, which fit.
+    fn put(&mut self, slot: SlotId, values: &[f32]) {
+        let slot = slot.0 as usize;
+        match self {
+            Data::Fixed(data) => data[slot * values.len()..][..values.len()].copy_from_slice(values),
+            Data::Log(logs) => {
+                logs[slot].clear();
+                logs[slot].extend_from_slice(values);
+            }
+        }
+    }
+}
+
+impl Values {
+    fn slot(&self, slot: SlotId) -> &[f32] {
+        let (slot, width) = (slot.0 as usize, self.initial.len());
+        match &self.data {
+            Data::Fixed(data) => &data[slot * width..][..width],
+            Data::Log(logs) => &logs[slot],
+        }
+    }
+
+    /// Whether `state` can be put into a slot.
+    fn fits(&self, state: &SegmentData) -> Result<(), Error> {
+        let wrong = |why: String| Err(Error::State(state.name.clone(), why));
+        if state.name != self.segment.name() {
+            return wrong(format!("`{}` is expected here", self.segment.name()));
+        }
+        let shape_fits = match &self.segment {
+            Segment::Fixed { shape, .. } => state.shape == *shape,
+            Segment::Log { width, cap, .. } => {
+                matches!(*state.shape, [n, w] if w == *width && cap.is_none_or(|cap| n <= cap))
+            }
+        };
+        if !shape_fits || Some(state.data.len()) != state.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)) {
+            return wrong(format!(
+                "{} values of shape {:?} do not fit {:?}",
+                state.data.len(),
+                state.shape,
+                self.segment
+            ));
+        }
+        Ok(())
+    }
 }
 
 impl Pool {
-    /// A pool of `slots` states whose fresh sequences start from `initial` (in the order of `segments`).
+    /// A pool of `slots` states whose fresh sequences start from `initial`, by name, where it has something.
     ///
     /// # Errors
     /// [`Error::Memory`] when that many states cannot be addressed.
     pub fn new(segments: &[Segment], initial: &[SegmentData], slots: usize) -> Result<Self, Error> {
-        let widths = segments.iter().map(|Segment::Fixed { shape, .. }| shape.iter().product::<usize>());
-        let bytes = 4 * widths.sum::<usize>() as u64;
+        let bytes = 4 * segments.iter().map(Segment::values).sum::<usize>() as u64;
         let mut values = Vec::new();
-        for Segment::Fixed { name, shape, init } in segments {
-            let width: usize = shape.iter().product();
-            let given = initial.iter().find(|s| s.name == *name);
-            let initial = given.map_or_else(|| vec![*init; width], |s| s.data.clone());
-            let len = slots.checked_mul(width).filter(|&n| n < isize::MAX as usize / 4);
-            let len = len.ok_or(Error::Memory { slots, bytes })?;
-            // `vec![0.0; n]` asks for zeroed pages, which stay unbacked until a slot is used.
-            values.push(Values { name: name.clone(), shape: shape.clone(), initial, data: vec![0.0; len] });
+        for segment in segments {
+            let width = segment.values();
+            let (initial, data) = match segment {
+                Segment::Fixed { name, init, .. } => {
+                    let given = initial.iter().find(|s| s.name == *name);
+                    let len = slots.checked_mul(width).filter(|&n| n < isize::MAX as usize / 4);
+                    let len = len.ok_or(Error::Memory { slots, bytes })?;
+                    // `vec![0.0; n]` asks for zeroed pages, which stay unbacked until a slot is used.
+                    (given.map_or_else(|| vec![*init; width], |s| s.data.clone()), Data::Fixed(vec![0.0; len]))
+                }
+                Segment::Log { .. } => (Vec::new(), Data::Log(vec![Vec::new(); slots])),
+            };
+            values.push(Values { segment: segment.clone(), initial, data });
         }
         Ok(Self { slots, segments: values })
     }
@@ -50,26 +107,36 @@ impl Pool {
 
     /// Makes `slot` a fresh sequence.
     pub fn reset(&mut self, slot: SlotId) {
-        for s in &mut self.segments {
-            let width = s.initial.len();
-            s.data[slot.0 as usize * width..][..width].copy_from_slice(&s.initial);
-        }
+        self.segments.iter_mut().for_each(|s| s.data.put(slot, &s.initial));
     }
 
     /// Makes `into` equal to `from`.
     pub fn copy(&mut self, from: SlotId, into: SlotId) {
         for s in &mut self.segments {
-            let width = s.initial.len();
-            s.data.copy_within(from.0 as usize * width..(from.0 as usize + 1) * width, into.0 as usize * width);
+            let values = s.slot(from).to_vec();
+            s.data.put(into, &values);
+        }
+    }
+
+    /// Makes the logs of each row's `into` equal to those of its `from`. (Kernels take over fixed segments themselves.)
+    pub(super) fn fork_logs(&mut self, rows: &[Row]) {
+        for s in self.segments.iter_mut().filter(|s| matches!(s.data, Data::Log(_))) {
+            for row in rows.iter().filter(|row| row.from != row.into) {
+                let values = s.slot(row.from).to_vec();
+                s.data.put(row.into, &values);
+            }
         }
     }
 
     /// A copy of `slot`.
     pub fn snapshot(&self, slot: SlotId) -> Vec<SegmentData> {
         let copy = |s: &Values| {
-            let width = s.initial.len();
-            let data = s.data[slot.0 as usize * width..][..width].to_vec();
-            SegmentData { name: s.name.clone(), shape: s.shape.clone(), data }
+            let data = s.slot(slot).to_vec();
+            let shape = match &s.segment {
+                Segment::Fixed { shape, .. } => shape.clone(),
+                Segment::Log { width, .. } => vec![data.len() / width, *width],
+            };
+            SegmentData { name: s.segment.name().into(), shape, data }
         };
         self.segments.iter().map(copy).collect()
     }
@@ -79,33 +146,36 @@ impl Pool {
     /// # Errors
     /// [`Error::State`] when names or shapes are not this model's; the slot is then unchanged.
     pub fn restore(&mut self, slot: SlotId, state: &[SegmentData]) -> Result<(), Error> {
-        check(self.segments.iter().map(|s| (s.name.as_str(), s.shape.as_slice())), state)?;
-        for (s, from) in self.segments.iter_mut().zip(state) {
-            let width = s.initial.len();
-            s.data[slot.0 as usize * width..][..width].copy_from_slice(&from.data);
+        if self.segments.len() != state.len() {
+            return Err(Error::State(
+                "*".into(),
+                format!("{} segments, expected {}", state.len(), self.segments.len()),
+            ));
         }
+        self.segments.iter().zip(state).try_for_each(|(s, state)| s.fits(state))?;
+        self.segments.iter_mut().zip(state).for_each(|(s, state)| s.data.put(slot, &state.data));
         Ok(())
     }
 
-    /// All slots of one segment, for kernels that write disjoint parts of it; and the width of a slot.
-    pub(super) fn shared(&mut self, segment: usize) -> (Shared, usize) {
-        let s = &mut self.segments[segment];
-        (Shared::new(&mut s.data), s.initial.len())
+    /// All slots of a fixed segment, for kernels that write disjoint parts of it.
+    ///
+    /// # Panics
+    /// If the segment is a log.
+    pub(super) fn shared(&mut self, segment: usize) -> Shared {
+        match &mut self.segments[segment].data {
+            Data::Fixed(data) => Shared::new(data),
+            Data::Log(_) => panic!("segment {segment} is a log"),
+        }
     }
-}
 
-/// Whether `state` has exactly these segments, in this order.
-fn check<'a>(want: impl ExactSizeIterator<Item = (&'a str, &'a [usize])>, state: &[SegmentData]) -> Result<(), Error> {
-    if want.len() != state.len() {
-        return Err(Error::State("*".into(), format!("{} segments, expected {}", state.len(), want.len())));
-    }
-    for ((name, shape), s) in want.zip(state) {
-        if s.name != name {
-            return Err(Error::State(s.name.clone(), format!("`{name}` is expected here")));
-        }
-        if s.shape != shape || s.data.len() != shape.iter().product::<usize>() {
-            return Err(Error::State(name.into(), format!("shape {:?}, expected {shape:?}", s.shape)));
+    /// A log segment, one buffer `[entries, width]` for each slot.
+    ///
+    /// # Panics
+    /// If the segment is not a log.
+    pub(super) fn logs(&mut self, segment: usize) -> &mut [Vec<f32>] {
+        match &mut self.segments[segment].data {
+            Data::Log(logs) => logs,
+            Data::Fixed(_) => panic!("segment {segment} is not a log"),
         }
     }
-    Ok(())
 }

@@ -1,6 +1,6 @@
 //! Which generations there are, and how a checkpoint becomes a model.
 
-use super::block::{Description, Mixer, Model};
+use super::block::{Description, Head, LinearHead, Mixer, Model, Residual};
 use super::weights::{Checkpoint, Loader};
 use super::{Error, v7};
 use crate::types::{Segment, SegmentData};
@@ -12,9 +12,28 @@ pub struct Generation {
     pub detect: fn(&Checkpoint) -> bool,
     #[allow(clippy::type_complexity)]
     pub mixers: fn(&Loader, usize, &Sizes) -> Result<(Box<dyn Mixer>, Box<dyn Mixer>), Error>,
+    /// Makes the head.
+    pub head: fn(&Loader, &Sizes) -> Result<Box<dyn Head>, Error>,
+    /// Name of the embedding table.
+    pub embedding: &'static str,
+    /// Whether there is a norm `blocks.0.ln0` behind it.
+    pub ln0: bool,
+    pub residual: Residual,
     /// The segment that a state-tuned `blocks.N.att.time_state` of layer N replaces.
     pub time_state: Option<fn(usize) -> String>,
 }
+
+/// What generations have in common, to be completed with `..BASE`.
+pub const BASE: Generation = Generation {
+    name: "",
+    detect: |_| false,
+    mixers: |_, _, _| Err(Error::Unknown(String::new())),
+    head: LinearHead::load,
+    embedding: "emb.weight",
+    ln0: true,
+    residual: Residual::Plain,
+    time_state: None,
+};
 
 /// Every known generation.
 const GENERATIONS: &[Generation] = &[v7::GENERATION];
@@ -27,9 +46,10 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    fn of(checkpoint: &Checkpoint) -> Result<Self, Error> {
-        let Some(&[vocabulary, width]) = checkpoint.shape("emb.weight") else {
-            return Err(Error::Unknown("it has no matrix `emb.weight` of vocabulary × width".into()));
+    fn of(checkpoint: &Checkpoint, generation: &Generation) -> Result<Self, Error> {
+        let name = generation.embedding;
+        let Some(&[vocabulary, width]) = checkpoint.shape(name) else {
+            return Err(Error::Unknown(format!("it has no matrix `{name}` of vocabulary × width")));
         };
         let number = |name: &String| name.strip_prefix("blocks.")?.split_once('.')?.0.parse::<usize>().ok();
         let layers = checkpoint.tensors().keys().filter_map(number).max().map_or(0, |last| last + 1);
@@ -59,11 +79,11 @@ impl Default for LoadOptions<'_> {
 /// # Errors
 /// Names the tensor that is missing, misshapen, not finite or not expected.
 pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Error> {
-    let sizes = Sizes::of(checkpoint)?;
     let generation = GENERATIONS.iter().find(|g| (g.detect)(checkpoint)).ok_or_else(|| {
         let known: Vec<_> = GENERATIONS.iter().map(|g| g.name).collect();
         Error::Unknown(format!("its tensor names are of no known generation ({})", known.join(", ")))
     })?;
+    let sizes = Sizes::of(checkpoint, generation)?;
     let loader = Loader::new(checkpoint, generation.name, options.progress);
     let description = Description {
         generation: generation.name,
@@ -74,8 +94,9 @@ pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Err
         fingerprint: checkpoint.fingerprint()?,
         arithmetic: "",
         state_bytes: 0,
+        context: None,
     };
-    let mut model = Model::new(&loader, description, &|loader, layer| (generation.mixers)(loader, layer, &sizes))?;
+    let mut model = Model::new(&loader, generation, &sizes, description)?;
     let mut initial = time_states(&loader, generation, &model)?;
     loader.finish()?;
     if let Some(file) = options.initial_state {
@@ -96,9 +117,7 @@ fn time_states(loader: &Loader, generation: &Generation, model: &Model) -> Resul
     };
     let read = |layer| {
         let name = segment(layer);
-        let Some(Segment::Fixed { shape, .. }) =
-            model.segments().iter().find(|Segment::Fixed { name: n, .. }| *n == name)
-        else {
+        let Some(Segment::Fixed { shape, .. }) = model.segments().iter().find(|s| s.name() == name) else {
             return Err(Error::State(name, "no such segment".into()));
         };
         Ok(SegmentData { data: loader.values(&stored(layer), shape)?, shape: shape.clone(), name })

@@ -10,7 +10,7 @@ use super::Error;
 use super::block::{Carry, Mixer, Step, token_shift};
 use super::kernels::{Activation, HeadInputs, HeadParams, MAX_HEAD, Shared, parallel, wkv7_head};
 use super::linear::{self, Linear, Orientation, floats, floats_mut};
-use super::registry::{Generation, Sizes};
+use super::registry::{BASE, Generation, Sizes};
 use super::weights::Loader;
 use crate::types::{Row, Segment};
 
@@ -22,6 +22,7 @@ pub const GENERATION: Generation = Generation {
         Ok((Box::new(TimeMix::load(loader, layer, sizes)?), Box::new(ChannelMix::load(loader, layer, sizes)?)))
     },
     time_state: Some(time_state),
+    ..BASE
 };
 
 /// The segment that a state-tuned `time_state [H, N, N]` of a layer replaces; v7 uses it without transposing.
@@ -185,7 +186,7 @@ impl Mixer for TimeMix {
             }
         };
         // 3. the recurrence
-        let (state, _) = step.segment(1);
+        let state = step.segment(1);
         let y = step.work.scratch((tokens, width))?;
         y.inplace_op3(&inputs, &first_value, &Wkv { mix: self, rows: step.rows, state })?;
         // 4. the output layer

@@ -37,4 +37,23 @@ pub enum Want {
 pub enum Segment {
     /// Constant size: `shape` f32 values, which start as `init` everywhere.
     Fixed { name: String, shape: Vec<usize>, init: f32 },
+    /// Grows with the text: entries of `width` f32 values, none at first. Its shape in a snapshot is `[entries, width]`.
+    /// With `cap`, a sequence can have no more than that many tokens.
+    Log { name: String, width: usize, cap: Option<usize> },
+}
+
+impl Segment {
+    pub fn name(&self) -> &str {
+        match self {
+            Segment::Fixed { name, .. } | Segment::Log { name, .. } => name,
+        }
+    }
+
+    /// f32 values that every sequence has, however short.
+    pub fn values(&self) -> usize {
+        match self {
+            Segment::Fixed { shape, .. } => shape.iter().product(),
+            Segment::Log { .. } => 0,
+        }
+    }
 }

@@ -4,9 +4,9 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use rewake::state::{Error, Put, Start, Store};
-use bytes::Bytes;
 
 /// Writes down what is asked of a store, in order.
 pub struct Recording<S> {

@@ -28,7 +28,13 @@ pub enum Failure {
 
 impl Toy {
     pub fn new(slots: usize) -> Self {
-        Self { memory: vec![f32::NAN; slots], end: Some(256), steps: Arc::default(), tokens: Arc::default(), fail_at: None }
+        Self {
+            memory: vec![f32::NAN; slots],
+            end: Some(256),
+            steps: Arc::default(),
+            tokens: Arc::default(),
+            fail_at: None,
+        }
     }
 }
 

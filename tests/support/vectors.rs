@@ -17,8 +17,8 @@ pub struct Case {
     pub states: Vec<Vec<f32>>,
 }
 
-/// The cases that the repository carries, and the complete set where it stands beside the checkout.
-pub fn cases(prefix: &str) -> Vec<Case> {
+/// All cases of these versions: those the repository carries, and the complete set where it stands beside the checkout.
+pub fn cases(versions: &[&str]) -> Vec<Case> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut found = Vec::new();
     for folder in [root.join("tests/data"), root.join("../shared/vectors")] {
@@ -28,11 +28,19 @@ pub fn cases(prefix: &str) -> Vec<Case> {
         };
         let mut paths: Vec<_> = entries.map(|e| e.expect("a folder entry").path()).collect();
         paths.sort();
-        let named = |p: &&PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().contains(prefix));
-        found.extend(paths.iter().filter(named).filter(|p| p.join("case.json").exists()).map(|p| Case::read(p)));
+        let read = paths.iter().filter(|p| p.join("case.json").exists()).map(|p| Case::read(p));
+        found.extend(read.filter(|case| versions.iter().any(|v| case.json["version"] == *v)));
     }
-    assert!(!found.is_empty(), "the repository carries cases of {prefix}");
+    for version in versions {
+        let carried = |case: &Case| case.json["version"] == *version && case.folder.starts_with(root.join("tests"));
+        assert!(found.iter().any(carried), "the repository carries a case of {version}");
+    }
     found
+}
+
+/// One case that the repository carries.
+pub fn case(name: &str) -> Case {
+    Case::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name))
 }
 
 impl Case {
