@@ -165,6 +165,7 @@ fn load_model(
         vocabulary: d.vocabulary,
         parameters: d.parameters,
         state_bytes: d.state_bytes,
+        context: d.context,
         fingerprint: d.fingerprint,
         tokenizer: text.name().into(),
         template: profile.name.clone(),

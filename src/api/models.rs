@@ -41,6 +41,9 @@ pub struct ModelDetails {
     pub parameters: u64,
     /// Bytes of the recurrent state of one sequence, whatever its length.
     pub state_bytes: u64,
+    /// Tokens a sequence can have; null when there is no limit, as for every generation but the first.
+    #[schema(required = true)]
+    pub context: Option<usize>,
     /// Identity of the weights: a state continues only on the same.
     pub fingerprint: String,
     pub tokenizer: String,
@@ -87,6 +90,7 @@ impl From<ModelCard> for Model {
             vocabulary: card.vocabulary,
             parameters: card.parameters,
             state_bytes: card.state_bytes,
+            context: card.context,
             fingerprint: card.fingerprint,
             tokenizer: card.tokenizer,
             template: card.template,

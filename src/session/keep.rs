@@ -3,20 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::run::Session;
+use super::origin::{Parent, Session};
 use super::{Input, Model, Prompt, StateError, StateReceipt, Turn};
 use crate::engine::Kept;
 use crate::state::{Archive, Commit};
 use crate::telemetry::{clock, metrics};
 use crate::types::{Finish, Memory, Snapshot, SnapshotHead, StateId, TurnRecord, TurnUsage};
-
-/// What a turn began from.
-pub(super) struct Parent {
-    pub id: StateId,
-    /// Its number in its session or chain.
-    pub turn: u64,
-    pub memory: Arc<Memory>,
-}
 
 /// Everything about a turn that its stored state and record say.
 pub(super) struct Keeper {

@@ -1,6 +1,7 @@
 //! L3: use-cases. Resume a state, tokenise only what is new, submit it, stream, keep the child, commit the turn.
 
 mod keep;
+mod origin;
 mod prompt;
 mod queries;
 mod run;
@@ -39,6 +40,8 @@ pub struct ModelCard {
     pub parameters: u64,
     /// Bytes of the recurrent state of one sequence.
     pub state_bytes: u64,
+    /// Tokens a sequence can have, where the model has such a limit.
+    pub context: Option<usize>,
     pub fingerprint: String,
     pub tokenizer: String,
     pub template: String,

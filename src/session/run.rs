@@ -6,32 +6,17 @@ use std::sync::Arc;
 use futures::stream::{self, SelectAll, StreamExt};
 use tokio::sync::mpsc;
 
-use super::keep::{Keeper, Parent};
+use super::keep::Keeper;
+use super::origin::Origin;
 use super::prompt::{self, Reading};
-use super::{Error, Event, Input, Model, Running, Sessions, Start, Turn, Turnstile};
+use super::{Error, Event, Input, Model, Running, Sessions, StateReceipt, Turn};
 use crate::engine::{self, Job, Permit};
-use crate::state::Head;
 use crate::telemetry::clock;
 use crate::text::Trim;
-use crate::types::{Memory, SessionId, StateId, Tenant};
+use crate::types::Memory;
 
 /// Events that wait for a slow reader before the turn's task does.
 const BACKLOG: usize = 64;
-
-/// Where a turn begins, read from the archive.
-struct Origin {
-    /// `None` = a fresh sequence.
-    parent: Option<Parent>,
-    session: Option<Session>,
-}
-
-/// The session a turn belongs to.
-pub(super) struct Session {
-    pub id: SessionId,
-    pub head: Head,
-    /// Nobody else runs a turn of it here meanwhile.
-    pub _turnstile: Turnstile,
-}
 
 impl Sessions {
     /// Runs a turn. Everything that can be refused is refused here, before the first event.
@@ -41,6 +26,7 @@ impl Sessions {
         if let Some(replayed) = self.replay(&turn, &model, &origin) {
             return Ok(replayed);
         }
+        origin.check(&turn.start)?;
         if turn.initial_state.as_ref().is_some_and(|_| origin.parent.is_some()) {
             return invalid(
                 "initial_state",
@@ -57,8 +43,19 @@ impl Sessions {
             );
         }
         let memory = origin.parent.as_ref().map(|p| p.memory.clone());
-        let readings = prompt::read(&model, &turn.input, memory.as_deref())?;
-        let max_tokens = self.check(&turn, &readings)?;
+        let (turn, readings) = {
+            let (model, memory) = (model.clone(), memory.clone());
+            // A long text takes a while: not on a thread that serves other requests.
+            tokio::task::spawn_blocking(move || {
+                let readings = prompt::read(&model, &turn.input, memory.as_deref());
+                (turn, readings)
+            })
+            .await
+            .map_err(|e| Error::Engine(format!("tokenising failed: {e}")))?
+        };
+        let readings = readings?;
+        let consumed = origin.parent.as_ref().map_or(0, |p| p.memory.consumed);
+        let max_tokens = self.check(&turn, &model, consumed, &readings)?;
 
         let jobs = jobs(&turn, &model, &readings, memory, max_tokens);
         if jobs.len() > model.engine.capacity() {
@@ -70,7 +67,6 @@ impl Sessions {
         }
         let permits = model.engine.reserve(jobs.len()).map_err(|full| Error::Full { retry_after: full.retry_after })?;
 
-        let consumed = origin.parent.as_ref().map_or(0, |p| p.memory.consumed);
         let (events, receiver) = mpsc::channel(BACKLOG);
         let created = clock::unix_seconds();
         let running = Running {
@@ -107,99 +103,33 @@ impl Sessions {
         Ok(running)
     }
 
-    /// Reads where the turn begins.
-    async fn origin(&self, turn: &Turn, model: &Model) -> Result<Origin, Error> {
-        match &turn.start {
-            Start::Fresh => Ok(Origin { parent: None, session: None }),
-            Start::State(id) => {
-                let parent = self.parent(&turn.tenant, id, model).await?;
-                let parent = parent.ok_or_else(|| Error::StateNotFound(id.clone()))?;
-                Ok(Origin { parent: Some(parent), session: None })
-            }
-            Start::Session { id, if_match } => {
-                let turnstile = self.busy.enter(&turn.tenant, id)?;
-                let head = self.archive.head(&turn.tenant, id).await?;
-                let state = head.live.as_ref().and_then(|entry| entry.record.state.clone());
-                if let Some(expected) = if_match
-                    && state.as_ref() != Some(expected)
-                {
-                    let head = state.map_or_else(|| "not there yet".into(), |s| s.to_string());
-                    return Err(Error::SessionConflict { session: id.clone(), head });
-                }
-                let parent = match &state {
-                    None => None,
-                    Some(state) => Some(match self.parent(&turn.tenant, state, model).await {
-                        Ok(Some(parent)) => parent,
-                        // The log is the truth; the snapshot is its cache.
-                        Ok(None) | Err(Error::StateDamaged(..)) => self.reread(&turn.tenant, id, &head, model).await?,
-                        Err(e) => return Err(e),
-                    }),
-                };
-                Ok(Origin { parent, session: Some(Session { id: id.clone(), head, _turnstile: turnstile }) })
-            }
-        }
-    }
-
-    /// The stored state `id`, if it is there and of this model.
-    async fn parent(&self, tenant: &Tenant, id: &StateId, model: &Model) -> Result<Option<Parent>, Error> {
-        let now = clock::unix_seconds();
-        let loaded = self.archive.load(tenant, id, now).await;
-        let snapshot = match loaded {
-            Ok(Some(snapshot)) => snapshot,
-            Ok(None) => return Ok(None),
-            Err(crate::state::Error::Damaged { why, .. }) => {
-                tracing::error!(state = %id, why, "a stored state is damaged");
-                return Err(Error::StateDamaged(id.clone(), why));
-            }
-            Err(e) => return Err(e.into()),
-        };
-        if snapshot.head.fingerprint != model.card.fingerprint {
-            let state_model = snapshot.head.model;
-            return Err(Error::StateModelMismatch { state_model, model: model.card.id.clone() });
-        }
-        Ok(Some(Parent { id: id.clone(), turn: snapshot.head.turn, memory: Arc::new(snapshot.memory) }))
-    }
-
-    /// A session's sequence from its token log, to be read again because its snapshot is gone.
-    async fn reread(&self, tenant: &Tenant, id: &SessionId, head: &Head, model: &Model) -> Result<Parent, Error> {
-        let entry = head.live.as_ref().ok_or_else(|| Error::SessionNotFound(id.clone()))?;
-        let state = entry.record.state.clone().ok_or_else(|| Error::SessionNotFound(id.clone()))?;
-        if entry.record.fingerprint != model.card.fingerprint {
-            let state_model = entry.record.model.clone();
-            return Err(Error::StateModelMismatch { state_model, model: model.card.id.clone() });
-        }
-        let turns = self.archive.turns(tenant, id, 0, usize::MAX).await?;
-        let turns = turns.ok_or_else(|| Error::SessionNotFound(id.clone()))?.data;
-        let mut ids: Vec<u32> = Vec::new();
-        for turn in &turns {
-            ids.truncate(ids.len().saturating_sub(turn.record.takes_back));
-            ids.extend(&turn.record.ids);
-        }
-        // A session that began from a foreign state has a log that begins in the middle.
-        if ids.len() as u64 != entry.record.tokens {
-            return Err(Error::StateNotFound(state));
-        }
-        tracing::warn!(session = %id, state = %state, tokens = ids.len(), "reading a session again: its snapshot is gone");
-        let pending = crate::types::Pending { ends: ids, ..Default::default() };
-        let memory = Arc::new(Memory { pending, ..Memory::default() });
-        Ok(Parent { id: state, turn: entry.turn - entry.first + 1, memory })
-    }
-
     /// Checks a turn against the limits; gives its number of new tokens.
-    fn check(&self, turn: &Turn, readings: &[Reading]) -> Result<u64, Error> {
+    fn check(&self, turn: &Turn, model: &Model, consumed: u64, readings: &[Reading]) -> Result<u64, Error> {
         let max_tokens = turn.max_tokens.unwrap_or(self.limits.default_max_tokens.min(self.limits.max_tokens));
         if max_tokens > self.limits.max_tokens {
             let most = self.limits.max_tokens;
             return invalid("max_tokens", &format!("at most {most} new tokens can be asked for, not {max_tokens}"));
         }
-        if let Some(long) = readings.iter().find(|r| r.ids.len() > self.limits.prompt_tokens) {
-            let (n, most) = (long.ids.len(), self.limits.prompt_tokens);
-            let param = if matches!(turn.input, Input::Chat(_)) { "messages" } else { "prompt" };
-            return Err(Error::Invalid {
-                param,
-                code: Some("context_length_exceeded"),
-                message: format!("the prompt has {n} tokens and at most {most} are read at once"),
-            });
+        let longest = readings.iter().map(|r| r.ids.len()).max().unwrap_or(0);
+        let too_long = |message| Error::Invalid {
+            param: if matches!(turn.input, Input::Chat(_)) { "messages" } else { "prompt" },
+            code: Some("context_length_exceeded"),
+            message,
+        };
+        if longest > self.limits.prompt_tokens {
+            let most = self.limits.prompt_tokens;
+            return Err(too_long(format!("the prompt has {longest} tokens and at most {most} are read at once")));
+        }
+        if let Some(context) = model.card.context {
+            let position = consumed + longest as u64;
+            // The last token is sampled without having to be read.
+            let room = (context as u64 + 1).saturating_sub(position);
+            if room == 0 {
+                return Err(too_long(format!(
+                    "the text would have {position} tokens, and this model's sequences have at most {context}"
+                )));
+            }
+            return Ok(max_tokens.min(room));
         }
         Ok(max_tokens)
     }
@@ -216,7 +146,7 @@ impl Sessions {
         if !record.answer.is_empty() {
             events.try_send(Event::Text { choice: 0, text: record.answer }).expect("room for two");
         }
-        let receipt = super::StateReceipt {
+        let receipt = StateReceipt {
             id: record.state?,
             parent: record.parent,
             session_id: origin.session.as_ref().map(|s| s.id.clone()),

@@ -18,6 +18,7 @@ pub fn card() -> ModelCard {
         vocabulary: VOCABULARY,
         parameters: 1,
         state_bytes: 1,
+        context: None,
         fingerprint: "f".into(),
         tokenizer: "t".into(),
         template: "base".into(),
