@@ -110,7 +110,9 @@ pub enum Next {
 ///   more than there are, those who run never wait for those who do not: no deadlock.
 /// * Whatever decodes does so in every step.
 /// * Prompt tokens are shared equally between the tenants that read, and who comes first when they do not divide changes
-///   with every step: a tenant reads at least once in as many steps as tenants read.
+///   with every step: a tenant reads at least once in as many steps as tenants read. Of a tenant's prompts those with
+///   the least left are read first, so that a short one does not wait for a long one; but a quarter is the oldest's, so that
+///   it is not overtaken for ever.
 #[derive(Clone, Debug)]
 pub struct Scheduler {
     limits: Limits,
@@ -259,20 +261,15 @@ impl Scheduler {
         spans
     }
 
-    /// Spans of prompts, at most `budget` tokens: equal shares for the tenants, first come first served within each.
+    /// Spans of prompts, at most `budget` tokens: equal shares for the tenants, shortest first within each.
     fn read(&mut self, budget: usize) -> Vec<Span> {
         let unread = |queue: &VecDeque<JobId>| queue.iter().map(|id| self.running[id].unread()).sum();
         let demands: Vec<usize> = self.reading.queues().map(unread).collect();
         let mut spans = Vec::new();
-        for (queue, mut share) in self.reading.queues().zip(fair_shares(budget, &demands)) {
-            for &id in queue {
-                let job = self.running.get_mut(&id).expect("who reads runs");
-                let tokens = job.unread().min(share);
-                if tokens == 0 {
-                    break;
-                }
-                share -= tokens;
-                spans.push(job.read(id, tokens));
+        for (queue, share) in self.reading.queues().zip(fair_shares(budget, &demands)) {
+            let unread: Vec<usize> = queue.iter().map(|id| self.running[id].unread()).collect();
+            for (&id, tokens) in queue.iter().zip(shortest_first(share, &unread)).filter(|&(_, tokens)| tokens > 0) {
+                spans.push(self.running.get_mut(&id).expect("who reads runs").read(id, tokens));
             }
         }
         // In this order: were the first dropped before, the turn of the second would be skipped.
@@ -298,6 +295,23 @@ fn fair_shares(mut budget: usize, demands: &[usize]) -> Vec<usize> {
             budget -= more;
         }
     }
+}
+
+/// Divides a tenant's `share` among its prompts, given in the order they came: a quarter for the oldest, the rest for
+/// those with the least `unread`.
+fn shortest_first(mut share: usize, unread: &[usize]) -> Vec<usize> {
+    let mut tokens = vec![0; unread.len()];
+    let mut order: Vec<usize> = (0..unread.len()).collect();
+    order.sort_by_key(|&prompt| unread[prompt]);
+    let quarter = share.div_ceil(4);
+    let oldest = (0..unread.len().min(1)).map(|first| (first, quarter));
+    let by_length = order.into_iter().map(|prompt| (prompt, usize::MAX));
+    for (prompt, most) in oldest.chain(by_length) {
+        let more = (unread[prompt] - tokens[prompt]).min(most).min(share);
+        tokens[prompt] += more;
+        share -= more;
+    }
+    tokens
 }
 
 #[cfg(test)]

@@ -86,7 +86,7 @@ fn prompts_are_cut_to_the_budget_of_the_moment() {
 }
 
 #[test]
-fn tenants_share_the_budget_and_within_one_the_first_comes_first() {
+fn tenants_share_the_budget_and_equal_prompts_are_read_as_they_came() {
     let mut scheduler = scheduler(&[("a", 60, 1), ("a", 60, 1), ("b", 60, 1), ("c", 10, 1)]);
     let read = |plan: Plan| -> Vec<_> { plan.spans.iter().map(|s| (s.job.0, s.tokens.len())).collect() };
     assert_eq!(read(scheduler.plan()), [(0, 45), (2, 45), (3, 10)]);
@@ -167,4 +167,26 @@ fn shares_are_max_min_fair() {
     assert_eq!(fair_shares(10, &[2, 3]), [2, 3]);
     assert_eq!(fair_shares(2, &[5, 5, 5]), [1, 1, 0]);
     assert_eq!(fair_shares(9, &[]), [0; 0]);
+}
+
+#[test]
+fn a_short_prompt_does_not_wait_for_a_long_one_and_a_long_one_not_for_ever() {
+    let mut scheduler = Scheduler::new(Limits { budget: 100, ..LIMITS });
+    scheduler.submit(JobId(0), need("a", 1000, 1)).unwrap();
+    let read = |plan: Plan| -> Vec<_> { plan.spans.iter().map(|s| (s.job.0, s.tokens.len(), s.last)).collect() };
+    assert_eq!(read(scheduler.plan()), [(0, 100, false)]);
+    for id in 1..4 {
+        scheduler.submit(JobId(id), need("a", 30 * id as usize, 1)).unwrap();
+    }
+    assert_eq!(read(scheduler.plan()), [(0, 25, false), (1, 30, true), (2, 45, false)]);
+}
+
+#[test]
+fn the_oldest_prompt_has_its_quarter() {
+    assert_eq!(shortest_first(8, &[100, 1, 100]), [7, 1, 0]);
+    assert_eq!(shortest_first(8, &[100, 5, 6]), [2, 5, 1]);
+    assert_eq!(shortest_first(8, &[1, 100]), [1, 7]);
+    assert_eq!(shortest_first(1, &[9, 1]), [1, 0]);
+    assert_eq!(shortest_first(0, &[9, 1]), [0, 0]);
+    assert_eq!(shortest_first(9, &[]), [0; 0]);
 }
