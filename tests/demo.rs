@@ -93,7 +93,9 @@ fn greedy_continuation_and_logits_match() {
 #[test]
 fn perplexity_matches_to_four_digits() {
     let Ok(eval) = std::fs::read_to_string(Path::new(ROOT).join("../shared/model/eval.txt")) else {
-        println!("skipped: the evaluation text is other people's and stands beside a checkout only where it was put there");
+        println!(
+            "skipped: the evaluation text is other people's and stands beside a checkout only where it was put there"
+        );
         return;
     };
     let mut demo = demo();

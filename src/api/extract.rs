@@ -7,7 +7,7 @@ use axum::RequestPartsExt;
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::{HeaderMap, StatusCode, header, request::Parts};
-use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::Value;
 use std::sync::Arc;
 
@@ -61,7 +61,9 @@ impl JsonBody {
     pub fn others(&self, known: &[&str]) -> Result<BTreeMap<String, Value>, Error> {
         let mut json = serde_json::Deserializer::from_slice(&self.0);
         Others { known }.deserialize(&mut json).map_err(|error| match error.is_data() {
-            true => malformed(format!("the body must be a JSON object: {}", without_position(&error))),
+            true => {
+                malformed(format!("the body must be a JSON object with each field once: {}", without_position(&error)))
+            }
             false => malformed(format!("the body is not valid JSON: {error}")),
         })
     }
@@ -111,8 +113,8 @@ impl<'de> Visitor<'de> for Others<'_> {
         while let Some(name) = map.next_key::<String>()? {
             if self.known.contains(&name.as_str()) {
                 map.next_value::<IgnoredAny>()?;
-            } else {
-                others.insert(name, map.next_value()?);
+            } else if others.insert(name.clone(), map.next_value()?).is_some() {
+                return Err(A::Error::custom(format!("duplicate field `{name}`")));
             }
         }
         Ok(others)

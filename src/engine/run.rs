@@ -202,7 +202,7 @@ impl Engine {
         // afresh before it is used again.
         let outcome = catch_unwind(AssertUnwindSafe(|| backend.step(ids, &rows, logits)))
             .unwrap_or_else(|_| Err("the model's step panicked".into()));
-        metrics::step(&self.name, ids.len(), began.elapsed());
+        metrics::step(&self.name, ids.len(), clock::now() - began);
         if let Err(why) = outcome {
             tracing::error!(model = self.name, why, "a step failed");
             spans.iter().for_each(|span| self.fail(span.job, &why));
@@ -346,7 +346,7 @@ impl Engine {
         let kept = live.job.keep.then(|| Box::new(keep(&live.job, &response, place, &*self.backend, &*self.text)));
         send(&live.events, Event::Done { choice: index, finish, sampled: response.sampled(), kept });
         if live.choices.iter().all(Option::is_none) {
-            let millis = live.since.elapsed().as_millis() as u64;
+            let millis = (clock::now() - live.since).as_millis() as u64;
             let average = self.gauges.job_millis.load(Ordering::Relaxed);
             let average = if average == 0 { millis } else { (7 * average + millis) / 8 };
             self.gauges.job_millis.store(average, Ordering::Relaxed);

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Tensor};
 
-use super::kernels::{Shared, Weight};
+use super::kernels::{self, Shared, Weight};
 use super::linear::{self, LayerNorm, Linear, Orientation, floats, floats_mut};
 use super::pool::Pool;
 use super::registry::{Generation, Sizes};
@@ -119,16 +119,51 @@ pub fn token_shift(x: &Tensor, mixes: &[f32], segment: usize, step: &mut Step) -
     let (tokens, width) = x.dims2()?;
     let out = step.work.scratch((mixes.len() / width, tokens, width))?;
     let state = step.segment(segment);
-    out.inplace_op2(x, &TokenShift { mixes, width, state, rows: step.rows, first: step.first })?;
+    out.inplace_op2(x, &TokenShift { mixes, added: false, state, first: step.first, keep: step.rows })?;
     Ok(out)
 }
 
+/// As [`token_shift`], but the segment stays as it is: for a mixer that shifts the same tokens once more.
+pub fn token_shift_ahead(x: &Tensor, mixes: &[f32], segment: usize, step: &mut Step) -> Result<Tensor, Error> {
+    let (tokens, width) = x.dims2()?;
+    let out = step.work.scratch((mixes.len() / width, tokens, width))?;
+    let state = step.segment(segment);
+    out.inplace_op2(x, &TokenShift { mixes, added: false, state, first: step.first, keep: &[] })?;
+    Ok(out)
+}
+
+/// As [`token_shift`] with mixes of each token's own: `out [mixes, N, C]` holds what is added to `mixes`, and then the result.
+pub fn token_shift_added(
+    x: &Tensor,
+    mixes: &[f32],
+    out: &Tensor,
+    segment: usize,
+    step: &mut Step,
+) -> Result<(), Error> {
+    let state = step.segment(segment);
+    Ok(out.inplace_op2(x, &TokenShift { mixes, added: true, state, first: step.first, keep: step.rows })?)
+}
+
+/// The mixes `{prefix}.{name}` of v2 to v5, `[names, C]`, as [`token_shift`] takes them: these files store the share of the
+/// token itself, not that of the one before.
+pub fn time_mixes(loader: &Loader, prefix: &str, names: &[&str], width: usize) -> Result<Vec<f32>, Error> {
+    let mut mixes = Vec::with_capacity(names.len() * width);
+    for name in names {
+        let own = loader.values(&format!("{prefix}.{name}"), &[width])?;
+        mixes.extend(own.into_iter().map(|share| 1.0 - share));
+    }
+    Ok(mixes)
+}
+
 struct TokenShift<'a> {
+    /// `[mixes, C]`.
     mixes: &'a [f32],
-    width: usize,
+    /// Whether `out` holds what is added to the mixes.
+    added: bool,
     state: Shared,
-    rows: &'a [Row],
     first: &'a [Option<u32>],
+    /// The rows whose last token goes into the state.
+    keep: &'a [Row],
 }
 
 impl InplaceOp2 for TokenShift<'_> {
@@ -136,7 +171,8 @@ impl InplaceOp2 for TokenShift<'_> {
         "token shift"
     }
     fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, x: &CpuStorage, x_l: &Layout) -> candle_core::Result<()> {
-        let (x, out, width) = (floats(x, x_l)?, floats_mut(out, out_l)?, self.width);
+        let (x, out) = (floats(x, x_l)?, floats_mut(out, out_l)?);
+        let width = x.len() / self.first.len();
         let previous = |token: usize| -> &[f32] {
             match self.first[token] {
                 // SAFETY: slots are only read here; they are written below, after all tokens are done.
@@ -144,8 +180,9 @@ impl InplaceOp2 for TokenShift<'_> {
                 None => &x[(token - 1) * width..][..width],
             }
         };
-        super::kernels::token_shift(x, self.mixes, width, previous, out);
-        for row in self.rows {
+        let shift = if self.added { kernels::token_shift_added } else { kernels::token_shift };
+        shift(x, self.mixes, width, &previous, out);
+        for row in self.keep {
             // SAFETY: one row at a time, nothing else is alive.
             let kept = unsafe { self.state.part(row.into.0 as usize * width, width) };
             kept.copy_from_slice(&x[(row.tokens.end - 1) * width..][..width]);
@@ -245,8 +282,8 @@ impl Model {
     /// `[V]` each, in the order of rows and tokens.
     ///
     /// # Errors
-    /// [`Error::TokenRange`], [`Error::Step`] before anything is changed. After any other error the written slots hold
-    /// nothing of use.
+    /// [`Error::TokenRange`], [`Error::Context`], [`Error::Step`] before anything is changed. After any other error the
+    /// written slots hold nothing of use.
     pub fn step(&mut self, pool: &mut Pool, ids: &[u32], rows: &[Row], logits: &mut Vec<f32>) -> Result<(), Error> {
         let (first, wanted) = self.check(pool, ids, rows)?;
         let (tokens, width) = (ids.len(), self.description.width);
@@ -281,11 +318,7 @@ impl Model {
         }
         let mut step = Step { rows, ids, first: &first, work: &mut self.work, pool, base };
         let out = self.head.forward(&x, &wanted, &mut step)?;
-        let (storage, layout) = out.storage_and_layout();
-        if let candle_core::Storage::Cpu(storage) = &*storage {
-            logits.extend_from_slice(floats(storage, layout)?);
-        }
-        Ok(())
+        Ok(linear::read(&out, |values| logits.extend_from_slice(values))?)
     }
 
     /// Checks the contract of a step; gives each token's predecessor slot and the tokens whose logits are wanted.
@@ -304,6 +337,12 @@ impl Model {
             }
             if row.from.0 as usize >= pool.slots() || row.into.0 as usize >= pool.slots() {
                 return Err(Error::Step(format!("row {row:?} names a slot outside the pool of {}", pool.slots())));
+            }
+            if let Some(most) = self.description.context {
+                let position = row.at.saturating_add(row.tokens.len() as u64);
+                if position > most as u64 {
+                    return Err(Error::Context { position, most });
+                }
             }
             at = row.tokens.end;
             first[row.tokens.start] = Some(row.from.0);

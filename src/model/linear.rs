@@ -1,6 +1,6 @@
 //! Linear layers and the other operations that generations are built from, as candle custom ops over the CPU kernels.
 
-use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, Tensor, bail};
+use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, Storage, Tensor, bail};
 
 use super::Error;
 use super::kernels::{self, Activation, Panels, Weight};
@@ -15,25 +15,39 @@ pub enum Orientation {
     InOut,
 }
 
-/// A linear layer without bias: `y [N, outputs] = x [N, inputs] · Wᵀ`, weights in their stored type.
+/// A linear layer: `y [N, outputs] = x [N, inputs] · Wᵀ`, weights in their stored type; only v1 adds a bias.
 #[derive(Debug)]
-pub struct Linear(Panels);
+pub struct Linear {
+    weights: Panels,
+    /// `[outputs]`, or empty.
+    bias: Vec<f32>,
+}
 
 impl Linear {
     pub fn pack(weight: &Weight, outputs: usize, inputs: usize, stored: Orientation) -> Self {
-        Self(match stored {
-            Orientation::OutIn => Panels::pack(weight, outputs, inputs, |o, i| o * inputs + i),
-            Orientation::InOut => Panels::pack(weight, outputs, inputs, |o, i| i * outputs + o),
-        })
+        match stored {
+            Orientation::OutIn => Self::pack_part(weight, outputs, inputs, |o, i| o * inputs + i),
+            Orientation::InOut => Self::pack_part(weight, outputs, inputs, |o, i| i * outputs + o),
+        }
     }
 
-    /// Writes `x · Wᵀ` into `out`.
+    /// A layer that is part of a tensor: `at(output, input)` is the index of a weight.
+    pub fn pack_part(weight: &Weight, outputs: usize, inputs: usize, at: impl Fn(usize, usize) -> usize) -> Self {
+        Self { weights: Panels::pack(weight, outputs, inputs, at), bias: Vec::new() }
+    }
+
+    /// The same layer with `bias [outputs]` added.
+    pub fn with_bias(self, bias: Vec<f32>) -> Self {
+        Self { bias, ..self }
+    }
+
+    /// Writes `x · Wᵀ`, plus the bias if there is one, into `out`.
     pub fn forward(&self, x: &Tensor, out: &Tensor) -> Result<()> {
         out.inplace_op2(x, self)
     }
 
     pub fn outputs(&self) -> usize {
-        self.0.outputs()
+        self.weights.outputs()
     }
 }
 
@@ -43,10 +57,14 @@ impl InplaceOp2 for Linear {
     }
     fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, x: &CpuStorage, x_l: &Layout) -> Result<()> {
         let (x, out) = (floats(x, x_l)?, floats_mut(out, out_l)?);
-        if x_l.dims().last() != Some(&self.0.inputs()) || out_l.dims().last() != Some(&self.0.outputs()) {
-            bail!("linear of {} → {}: {:?} → {:?}", self.0.inputs(), self.0.outputs(), x_l.dims(), out_l.dims());
+        let (inputs, outputs) = (self.weights.inputs(), self.weights.outputs());
+        if x_l.dims().last() != Some(&inputs) || out_l.dims().last() != Some(&outputs) {
+            bail!("linear of {inputs} → {outputs}: {:?} → {:?}", x_l.dims(), out_l.dims());
         }
-        kernels::matmul(&self.0, x, out);
+        kernels::matmul(&self.weights, x, out);
+        if !self.bias.is_empty() {
+            out.chunks_exact_mut(outputs).for_each(|row| kernels::add(row, &self.bias));
+        }
         Ok(())
     }
 }
@@ -108,6 +126,23 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<()> {
     x.inplace_op2(y, &Add)
 }
 
+struct Multiply;
+
+impl InplaceOp2 for Multiply {
+    fn name(&self) -> &'static str {
+        "multiply"
+    }
+    fn cpu_fwd(&self, x: &mut CpuStorage, x_l: &Layout, y: &CpuStorage, y_l: &Layout) -> Result<()> {
+        kernels::multiply(floats_mut(x, x_l)?, floats(y, y_l)?);
+        Ok(())
+    }
+}
+
+/// `x *= y`, element by element.
+pub fn multiply(x: &Tensor, y: &Tensor) -> Result<()> {
+    x.inplace_op2(y, &Multiply)
+}
+
 struct Copy;
 
 impl InplaceOp2 for Copy {
@@ -133,6 +168,45 @@ impl InplaceOp1 for Activation {
         kernels::activate(*self, floats_mut(x, x_l)?);
         Ok(())
     }
+}
+
+struct ScaleRows<'a>(&'a [f32]);
+
+impl InplaceOp1 for ScaleRows<'_> {
+    fn name(&self) -> &'static str {
+        "scale rows"
+    }
+    fn cpu_fwd(&self, x: &mut CpuStorage, x_l: &Layout) -> Result<()> {
+        let x = floats_mut(x, x_l)?;
+        let width = x.len() / self.0.len();
+        for (row, factor) in x.chunks_exact_mut(width).zip(self.0) {
+            row.iter_mut().for_each(|x| *x *= factor);
+        }
+        Ok(())
+    }
+}
+
+/// `x [N, C] *= factors [N]`, row by row, of at least one.
+pub fn scale_rows(x: &Tensor, factors: &[f32]) -> Result<()> {
+    x.inplace_op1(&ScaleRows(factors))
+}
+
+/// Shows `f` the values of a contiguous tensor.
+pub fn read<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    let (storage, layout) = x.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok(f(floats(storage, layout)?)),
+        _ => bail!("a kernel needs a tensor in memory"),
+    }
+}
+
+/// Views of the `P` planes of a `[P, T, C]` tensor.
+pub fn planes<const P: usize>(tensor: &Tensor) -> std::result::Result<[Tensor; P], Error> {
+    let mut views = Vec::with_capacity(P);
+    for plane in 0..P {
+        views.push(tensor.get(plane)?);
+    }
+    views.try_into().map_err(|_| Error::Step(format!("{P} planes are not {:?}", tensor.shape())))
 }
 
 /// The f32 values of a contiguous tensor.

@@ -7,10 +7,19 @@
 //! what makes the chunk, batch and snapshot laws hold bit for bit.
 
 mod block;
+mod channel_mix;
+mod copy_head;
 mod kernels;
 mod linear;
+mod low_rank;
 mod pool;
 mod registry;
+mod v1;
+mod v2;
+mod v3;
+mod v4;
+mod v5;
+mod v6;
 mod v7;
 mod weights;
 mod workspace;
@@ -48,6 +57,8 @@ pub enum Error {
     TokenRange { id: u32, vocabulary: usize },
     #[error("state segment `{0}` does not fit this model: {1}")]
     State(String, String),
+    #[error("a sequence would have {position} tokens, and this model's have at most {most}")]
+    Context { position: u64, most: usize },
     #[error("a step breaks its contract: {0}")]
     Step(String),
     #[error("not enough memory for {slots} states of {bytes} bytes")]

@@ -2,13 +2,13 @@
 
 use super::block::{Description, Head, LinearHead, Mixer, Model, Residual};
 use super::weights::{Checkpoint, Loader};
-use super::{Error, v7};
+use super::{Error, v1, v2, v3, v4, v5, v6, v7};
 use crate::types::{Segment, SegmentData};
 
 /// A generation: how its files are recognised and how the two mixers of a layer are made. Everything else is shared.
 pub struct Generation {
     pub name: &'static str,
-    /// By tensor names alone.
+    /// By the names of tensors, and by shapes where generations share all names. No file is of two generations.
     pub detect: fn(&Checkpoint) -> bool,
     #[allow(clippy::type_complexity)]
     pub mixers: fn(&Loader, usize, &Sizes) -> Result<(Box<dyn Mixer>, Box<dyn Mixer>), Error>,
@@ -21,6 +21,8 @@ pub struct Generation {
     pub residual: Residual,
     /// The segment that a state-tuned `blocks.N.att.time_state` of layer N replaces.
     pub time_state: Option<fn(usize) -> String>,
+    /// Whether the segment is `[H, K, V]`: the stored tensor is always `[H, V, K]`.
+    pub transpose_time_state: bool,
 }
 
 /// What generations have in common, to be completed with `..BASE`.
@@ -33,10 +35,21 @@ pub const BASE: Generation = Generation {
     ln0: true,
     residual: Residual::Plain,
     time_state: None,
+    transpose_time_state: false,
 };
 
 /// Every known generation.
-const GENERATIONS: &[Generation] = &[v7::GENERATION];
+const GENERATIONS: &[Generation] = &[
+    v1::GENERATION,
+    v2::GENERATION,
+    v3::GENERATION,
+    v4::GENERATION,
+    v5::V5_0,
+    v5::V5_1,
+    v5::V5_2,
+    v6::GENERATION,
+    v7::GENERATION,
+];
 
 /// Sizes that every generation has.
 pub struct Sizes {
@@ -120,7 +133,41 @@ fn time_states(loader: &Loader, generation: &Generation, model: &Model) -> Resul
         let Some(Segment::Fixed { shape, .. }) = model.segments().iter().find(|s| s.name() == name) else {
             return Err(Error::State(name, "no such segment".into()));
         };
-        Ok(SegmentData { data: loader.values(&stored(layer), shape)?, shape: shape.clone(), name })
+        let mut data = loader.values(&stored(layer), shape)?;
+        if let (true, &[_, n, _]) = (generation.transpose_time_state, shape.as_slice()) {
+            data.chunks_exact_mut(n * n).for_each(|head| transpose(head, n));
+        }
+        Ok(SegmentData { data, shape: shape.clone(), name })
     };
     (0..layers).map(read).collect()
+}
+
+/// Transposes a matrix `[N, N]` in place.
+fn transpose(matrix: &mut [f32], n: usize) {
+    for row in 0..n {
+        for column in 0..row {
+            matrix.swap(row * n + column, column * n + row);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_is_of_exactly_one_generation() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data");
+        let mut seen = std::collections::BTreeSet::new();
+        for entry in std::fs::read_dir(folder).expect("the repository's cases") {
+            let path = entry.expect("a folder entry").path().join("model.safetensors");
+            if path.exists() {
+                let checkpoint = Checkpoint::open(&path).expect("a checkpoint");
+                let found: Vec<_> = GENERATIONS.iter().filter(|g| (g.detect)(&checkpoint)).map(|g| g.name).collect();
+                assert_eq!(found.len(), 1, "{}: {found:?}", path.display());
+                seen.extend(found);
+            }
+        }
+        assert_eq!(seen, GENERATIONS.iter().map(|g| g.name).collect(), "every generation has a case");
+    }
 }

@@ -9,7 +9,8 @@ use candle_core::{CpuStorage, InplaceOp3, Layout, Tensor};
 use super::Error;
 use super::block::{Carry, Mixer, Step, token_shift};
 use super::kernels::{Activation, HeadInputs, HeadParams, MAX_HEAD, Shared, parallel, wkv7_head};
-use super::linear::{self, Linear, Orientation, floats, floats_mut};
+use super::linear::{self, Linear, Orientation, floats, floats_mut, planes};
+use super::low_rank::LowRank;
 use super::registry::{BASE, Generation, Sizes};
 use super::weights::Loader;
 use crate::types::{Row, Segment};
@@ -28,34 +29,6 @@ pub const GENERATION: Generation = Generation {
 /// The segment that a state-tuned `time_state [H, N, N]` of a layer replaces; v7 uses it without transposing.
 fn time_state(layer: usize) -> String {
     format!("blocks.{layer}.att.wkv")
-}
-
-/// `x · W1 → f → · W2`.
-struct LowRank {
-    down: Linear,
-    between: Option<Activation>,
-    up: Linear,
-}
-
-impl LowRank {
-    fn load(loader: &Loader, name: &str, width: usize, between: Option<Activation>) -> Result<Self, Error> {
-        let (_, rank) = loader.matrix_shape(&format!("{name}1"))?;
-        Ok(Self {
-            down: loader.linear(&format!("{name}1"), rank, width, Orientation::InOut)?,
-            between,
-            up: loader.linear(&format!("{name}2"), width, rank, Orientation::InOut)?,
-        })
-    }
-
-    /// `x [T, C]` → `out [T, C]`.
-    fn forward(&self, x: &Tensor, out: &Tensor, step: &mut Step) -> Result<(), Error> {
-        let hidden = step.work.scratch((step.tokens(), self.down.outputs()))?;
-        self.down.forward(x, &hidden)?;
-        if let Some(f) = self.between {
-            hidden.inplace_op1(&f)?;
-        }
-        Ok(self.up.forward(&hidden, out)?)
-    }
 }
 
 /// Attention's place in a block: the matrix-valued state.
@@ -194,15 +167,6 @@ impl Mixer for TimeMix {
         self.output.forward(&y, &out)?;
         Ok(out)
     }
-}
-
-/// Views of the `P` planes of a `[P, T, C]` tensor.
-fn planes<const P: usize>(tensor: &Tensor) -> Result<[Tensor; P], Error> {
-    let mut views = Vec::with_capacity(P);
-    for plane in 0..P {
-        views.push(tensor.get(plane)?);
-    }
-    views.try_into().map_err(|_| Error::Step(format!("{P} planes are not {:?}", tensor.shape())))
 }
 
 /// The recurrence of all heads over all rows: `inputs [7, T, C]` (r, w, k, v, a, g, value gate) → `[T, C]`.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::origin::{Parent, Session};
 use super::{Input, Model, Prompt, StateError, StateReceipt, Turn};
 use crate::engine::Kept;
-use crate::state::{Archive, Commit};
+use crate::state::{self, Archive, Commit};
 use crate::telemetry::{clock, metrics};
 use crate::types::{Finish, Memory, Snapshot, SnapshotHead, StateId, TurnRecord, TurnUsage};
 
@@ -47,7 +47,7 @@ impl Keeper {
         };
         let bytes = receipt.bytes;
         if let Err(e) = self.archive.keep(Arc::new(Snapshot { head, memory })).await {
-            return Err(failed("state_store_failed", &format!("the state could not be stored: {e}")));
+            return Err(failed("state_store_failed", "the state could not be stored", Some(&e)));
         }
         if let Some(session) = &self.session {
             let record = TurnRecord { state: Some(receipt.id.clone()), ..record };
@@ -58,15 +58,15 @@ impl Keeper {
                         "another turn of session `{}` was committed first; this one is kept as state {} without a session",
                         session.id, receipt.id
                     );
-                    return Err(failed("session_conflict", &why));
+                    return Err(failed("session_conflict", &why, None));
                 }
                 Err(e) => {
-                    let why = format!("the turn could not be committed, but its state is {}: {e}", receipt.id);
-                    return Err(failed("state_store_failed", &why));
+                    let why = format!("the turn could not be committed, but its state is {}", receipt.id);
+                    return Err(failed("state_store_failed", &why, Some(&e)));
                 }
             }
         }
-        metrics::state_stored(bytes, began.elapsed());
+        metrics::state_stored(bytes, clock::now() - began);
         Ok(receipt)
     }
 
@@ -136,8 +136,9 @@ impl Keeper {
     }
 }
 
-fn failed(code: &'static str, message: &str) -> StateError {
-    tracing::error!(code, message, "a state was not kept");
+/// The cause is for the log only: it may name paths.
+fn failed(code: &'static str, message: &str, cause: Option<&state::Error>) -> StateError {
+    tracing::error!(code, message, cause = cause.map(tracing::field::display), "a state was not kept");
     metrics::state_failed();
     StateError { code, message: message.into() }
 }

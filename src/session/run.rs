@@ -192,6 +192,8 @@ fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Mem
     }
     let mut jobs = Vec::new();
     for (prompt, reading) in readings.iter().enumerate() {
+        // An answer that is read again from the log goes on where it was: not at the start of one.
+        let middle = turn.input == Input::Chat(Vec::new()) && !reading.goes_on;
         // A response that goes on may still have to be taken back, each choice's by itself.
         let together = if reading.goes_on { 1 } else { turn.choices.min(model.seats) };
         for first_choice in (0..turn.choices).step_by(together) {
@@ -206,7 +208,7 @@ fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Mem
                 sampling: turn.sampling.clone(),
                 stop: stop.clone(),
                 stop_tokens: model.profile.stop_tokens.clone(),
-                trim: Trim { start: chat, end: chat },
+                trim: Trim { start: chat && !middle, end: chat },
                 max_tokens,
                 keep: turn.store,
             };

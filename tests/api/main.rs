@@ -1,3 +1,7 @@
-//! The HTTP contract that needs no model: the document, and what the router does before a turn begins.
+//! The HTTP contract: the document, what the router does before a turn begins, and how turns look on the wire.
 
 mod document;
+mod router;
+#[path = "../support/server.rs"]
+mod support;
+mod turns;

@@ -1,14 +1,13 @@
 //! What the router does around turns: keys, bodies, paths, headers.
 
 use axum::Router;
-use axum::body::{Body, to_bytes};
-use axum::http::{Method, Request, Response, StatusCode};
+use axum::body::Body;
+use axum::http::{Method, Request, StatusCode};
 use rewake::api::{ApiLimits, App, Key, KeyHash, router};
 use rewake::types::Tenant;
-use serde_json::{Value, json};
-use tower::ServiceExt;
+use serde_json::json;
 
-use crate::support;
+use crate::support::{self, Client, Reply, get, post};
 
 const BODY_BYTES: usize = 100_000;
 
@@ -31,45 +30,8 @@ fn open() -> Router {
     router(app(&[]))
 }
 
-struct Reply {
-    status: u16,
-    head: Response<()>,
-    text: String,
-}
-
-impl Reply {
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.text).unwrap_or_else(|_| panic!("not JSON: {}", self.text))
-    }
-    fn header(&self, name: &str) -> Option<&str> {
-        self.head.headers().get(name).map(|value| value.to_str().expect("headers are text"))
-    }
-    /// The error's code, after checking that its body has the four keys.
-    fn code(&self) -> String {
-        let body = self.json();
-        assert_eq!(body.as_object().expect("an object").len(), 1, "{body}");
-        let error = body["error"].as_object().expect("an error");
-        let mut keys: Vec<_> = error.keys().map(String::as_str).collect();
-        keys.sort_unstable();
-        assert_eq!(keys, ["code", "message", "param", "type"]);
-        assert!(self.header("content-type").is_some_and(|kind| kind.starts_with("application/json")));
-        error["code"].as_str().expect("a code").to_owned()
-    }
-}
-
 async fn call(router: Router, request: Request<Body>) -> Reply {
-    let (head, body) = router.oneshot(request).await.expect("the router cannot fail").into_parts();
-    let bytes = to_bytes(body, usize::MAX).await.expect("the body is whole");
-    let text = String::from_utf8(bytes.into()).expect("the body is text");
-    Reply { status: head.status.as_u16(), head: Response::from_parts(head, ()), text }
-}
-
-fn get(path: &str) -> Request<Body> {
-    Request::get(path).body(Body::empty()).expect("a good request")
-}
-
-fn post(path: &str, body: impl Into<Body>) -> Request<Body> {
-    Request::post(path).header("content-type", "application/json").body(body.into()).expect("a good request")
+    Client::of(router).call(request).await
 }
 
 #[tokio::test]

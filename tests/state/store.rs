@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use rewake::state::{Error, InMemory, Local, Put, Store};
 use tempfile::TempDir;
-use bytes::Bytes;
 
 /// Every implementation, with what keeps it alive.
 async fn stores() -> Vec<(Arc<dyn Store>, Option<TempDir>)> {

@@ -158,6 +158,18 @@ impl Client {
         reply
     }
 
+    /// Asks again while the reply has this status, but not for ever: what frees a place is done by other threads.
+    pub async fn post_while(&self, status: u16, path: &str, body: Value) -> Reply {
+        for _ in 0..200_000 {
+            let reply = self.post(path, body.clone()).await;
+            if reply.status != status {
+                return reply;
+            }
+            tokio::task::yield_now().await;
+        }
+        panic!("{path} {body} stays {status}");
+    }
+
     /// The chunks of a stream that must begin well.
     pub async fn stream(&self, path: &str, body: Value) -> Chunks {
         self.try_stream(path, body).await.expect("the server answers")
@@ -173,7 +185,7 @@ impl Client {
         }
         assert_eq!(head.headers["content-type"], "text/event-stream");
         let bytes = body.into_data_stream().map_err(|e| e.to_string()).boxed();
-        Ok(Chunks { headers: head.headers, bytes, buffer: String::new(), done: false })
+        Ok(Chunks { headers: head.headers, bytes, buffer: Vec::new(), done: false })
     }
 }
 
@@ -254,7 +266,7 @@ impl Reply {
 pub struct Chunks {
     pub headers: HeaderMap,
     bytes: BoxStream<'static, Result<Bytes, String>>,
-    buffer: String,
+    buffer: Vec<u8>,
     /// Whether `[DONE]` was seen.
     pub done: bool,
 }
@@ -263,8 +275,9 @@ impl Chunks {
     /// The next chunk; `None` at the end, and where the connection broke.
     pub async fn next(&mut self) -> Option<Value> {
         loop {
-            if let Some(end) = self.buffer.find("\n\n") {
-                let event: String = self.buffer.drain(..end + 2).collect();
+            // Whole events only: the network may part them anywhere, inside a character too.
+            if let Some(end) = self.buffer.windows(2).position(|two| two == b"\n\n") {
+                let event = String::from_utf8(self.buffer.drain(..end + 2).collect()).expect("events are text");
                 match event.lines().find_map(|line| line.strip_prefix("data: ")) {
                     Some("[DONE]") => self.done = true,
                     Some(data) => return Some(serde_json::from_str(data).expect("chunks are JSON")),
@@ -273,10 +286,15 @@ impl Chunks {
                 continue;
             }
             match self.bytes.next().await? {
-                Ok(bytes) => self.buffer.push_str(std::str::from_utf8(&bytes).expect("events are text")),
+                Ok(bytes) => self.buffer.extend_from_slice(&bytes),
                 Err(_) => return None,
             }
         }
+    }
+
+    /// Reads up to the first piece of text.
+    pub async fn begun(&mut self) {
+        while piece(&self.next().await.expect("the stream goes on")).is_none() {}
     }
 
     /// All chunks of a stream that must end well.

@@ -1,5 +1,6 @@
 //! Golden vectors: small models with the logits the original code gives for them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -13,8 +14,8 @@ pub struct Case {
     pub chunks: Vec<usize>,
     /// `[T, V]`.
     pub logits: Vec<Vec<f32>>,
-    /// After the last token, in the file's order `state.0`, `state.1`, …
-    pub states: Vec<Vec<f32>>,
+    /// After the last token, by the names of the file without `state.`.
+    pub states: BTreeMap<String, Vec<f32>>,
 }
 
 /// All cases of these versions: those the repository carries, and the complete set where it stands beside the checkout.
@@ -53,11 +54,18 @@ impl Case {
         let tensors = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu)
             .expect("expected.safetensors");
         let logits = tensors["logits"].to_vec2::<f32>().expect("logits [T, V]");
-        let state = |i: usize| tensors.get(&format!("state.{i:03}")).or_else(|| tensors.get(&format!("state.{i}")));
-        let states = (0..).map_while(state).map(flat).collect();
+        let state = |(name, tensor): (&String, &Tensor)| Some((name.strip_prefix("state.")?.to_owned(), flat(tensor)));
+        let mut states: BTreeMap<_, _> = tensors.iter().filter_map(state).collect();
+        let tokens: Vec<_> = ints("tokens").iter().map(|&t| t as u32).collect();
+        // The original code has the copy head's tokens at hand; here they are part of its state, behind their keys.
+        if let Some(keys) = states.remove("hk") {
+            let entries = keys.chunks(keys.len() / tokens.len()).zip(&tokens);
+            let copied = entries.flat_map(|(key, &id)| key.iter().copied().chain([id as f32]));
+            states.insert("head.copy".into(), copied.collect());
+        }
         Self {
             folder: folder.to_owned(),
-            tokens: ints("tokens").iter().map(|&t| t as u32).collect(),
+            tokens,
             chunks: ints("chunks").iter().map(|&n| n as usize).collect(),
             logits,
             states,
@@ -67,6 +75,18 @@ impl Case {
 
     pub fn name(&self) -> String {
         self.folder.file_name().expect("a case has a folder").to_string_lossy().into_owned()
+    }
+
+    /// What the model's `n`-th segment should hold after the last token. Most files number the segments; those of the
+    /// early generations name them as the original code does.
+    pub fn state(&self, n: usize, segment: &str) -> &[f32] {
+        let original = match segment.split('.').collect::<Vec<_>>()[..] {
+            ["blocks", layer, part, "shift"] => format!("xx.{part}.{layer}"),
+            ["blocks", layer, part, name] => format!("{name}.{part}.{layer}"),
+            _ => segment.to_owned(),
+        };
+        let found = self.states.get(&n.to_string()).or_else(|| self.states.get(&original));
+        found.unwrap_or_else(|| panic!("{} has a state {n} or {original}", self.name()))
     }
 
     /// Root mean square of the expected logits, by which errors are judged.

@@ -120,6 +120,7 @@ fn tile<T: Stored, const R: usize>(panel: &[T], inputs: usize, x: &[f32], acc: &
 /// AVX2, FMA and F16C; `panel` holds `inputs × PANEL` weights and `x` at least `R × inputs` values.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
+#[allow(clippy::needless_range_loop, reason = "rows and vectors index several arrays at once")]
 unsafe fn tile_avx2<T: Stored, const R: usize>(panel: &[T], inputs: usize, x: &[f32], acc: &mut [[f32; PANEL]; ROWS]) {
     use std::arch::x86_64::{_mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_setzero_ps, _mm256_storeu_ps};
     const VECTORS: usize = PANEL / 8;

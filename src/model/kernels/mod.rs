@@ -4,16 +4,26 @@
 //! processor has them, and for the target's baseline. Within one of the two, no result depends on how many rows, rows of
 //! which sequences, or how many threads a call is for.
 
+mod copy;
 mod elementwise;
 mod matmul;
 mod norm;
 mod weight;
+mod wkv1;
+mod wkv2;
+mod wkv4;
+mod wkv5;
 mod wkv7;
 
-pub use elementwise::{Activation, activate, add, token_shift};
+pub use copy::copy;
+pub use elementwise::{Activation, activate, add, multiply, token_shift, token_shift_added};
 pub use matmul::{Panels, matmul};
 pub use norm::layer_norm;
 pub use weight::Weight;
+pub use wkv1::{Curves, weigh1, wkv1};
+pub use wkv2::{Wkv2Params, wkv2};
+pub use wkv4::{Wkv4Params, Wkv4States, wkv4};
+pub use wkv5::{Wkv5Inputs, Wkv5Params, decay, wkv5};
 pub use wkv7::{HeadInputs, HeadParams, MAX_HEAD, wkv7_head};
 
 /// How `a · b + c` is rounded: once with FMA, twice without.

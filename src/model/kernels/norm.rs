@@ -1,6 +1,6 @@
-//! Layer normalisation.
+//! Layer normalisation, and the group norm of one head.
 
-use super::{Shared, kernel, parallel, square_deviations, sum};
+use super::{Arith, Shared, kernel, parallel, square_deviations, sum};
 
 /// `out [rows, width] = (x - mean) / sqrt(var + eps) · weight + bias`, row by row.
 pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
@@ -22,6 +22,17 @@ kernel! {
         for (((out, x), w), b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
             *out = A::fma((x - mean) * scale, *w, *b);
         }
+    }
+}
+
+/// `x = (x - mean) / sqrt(var + eps) · weight + bias` of one head `[N]`: a group of RWKV's `ln_x`.
+#[inline(always)]
+pub(super) fn head_norm<A: Arith>(x: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
+    let n = x.len() as f32;
+    let mean = sum(x) / n;
+    let scale = 1.0 / (square_deviations::<A>(x, mean) / n + eps).sqrt();
+    for ((x, w), b) in x.iter_mut().zip(weight).zip(bias) {
+        *x = A::fma((*x - mean) * scale, *w, *b);
     }
 }
 

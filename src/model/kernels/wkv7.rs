@@ -3,7 +3,8 @@
 //! One pass with the state in cache: decay, gates, key normalisation, state update, read-out, group norm, bonus, gate.
 //! Follows `RWKV_x070_TMix_one` of the `rwkv` package (BlinkDL/ChatRWKV, `rwkv_pip_package/src/rwkv/model.py`).
 
-use super::{dot, exp, kernel, sigmoid, square_deviations, sum};
+use super::norm::head_norm;
+use super::{dot, exp, kernel, sigmoid};
 
 /// The largest head this kernel has room for.
 pub const MAX_HEAD: usize = 256;
@@ -82,16 +83,13 @@ kernel! {
             out[i] = dot::<A>(row, r);
         }
         // 5. group norm over the head, the bonus (r · k · r_k) v, the gate
-        let mean = sum(out) / n as f32;
-        let scale = 1.0 / (square_deviations::<A>(out, mean) / n as f32 + p.eps).sqrt();
+        head_norm::<A>(out, &p.ln_x_weight[..n], &p.ln_x_bias[..n], p.eps);
         for j in 0..n {
             remove[j] = r[j] * key[j];
         }
         let bonus = dot::<A>(remove, r_k);
-        let (weight, bias) = (&p.ln_x_weight[..n], &p.ln_x_bias[..n]);
         for j in 0..n {
-            let normed = A::fma((out[j] - mean) * scale, weight[j], bias[j]);
-            out[j] = A::fma(bonus, value[j], normed) * g[j];
+            out[j] = A::fma(bonus, value[j], out[j]) * g[j];
         }
     }
 }

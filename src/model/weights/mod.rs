@@ -124,12 +124,16 @@ impl<'a> Loader<'a> {
         self.checkpoint.shape(name).is_some()
     }
 
+    /// The shape of a tensor, for sizes that only the file knows.
+    pub fn shape(&self, name: &str, expected: &str) -> Result<&[usize], Error> {
+        self.checkpoint.shape(name).ok_or_else(|| self.missing(name, expected.into()))
+    }
+
     /// Both sizes of a matrix, for sizes that only the file knows.
     pub fn matrix_shape(&self, name: &str) -> Result<(usize, usize), Error> {
-        match self.checkpoint.shape(name) {
-            Some(&[rows, cols]) if rows > 0 && cols > 0 => Ok((rows, cols)),
-            Some(other) => Err(Error::Shape { name: name.into(), found: other.to_vec(), expected: "a matrix".into() }),
-            None => Err(self.missing(name, "a matrix".into())),
+        match self.shape(name, "a matrix")? {
+            &[rows, cols] if rows > 0 && cols > 0 => Ok((rows, cols)),
+            other => Err(Error::Shape { name: name.into(), found: other.to_vec(), expected: "a matrix".into() }),
         }
     }
 
@@ -152,16 +156,19 @@ impl<'a> Loader<'a> {
 
     /// A small tensor of the given shape as f32 values, row-major.
     pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
+        Ok(self.weight(name, shape)?.to_f32())
+    }
+
+    /// A tensor of the given shape in its stored type, row-major.
+    pub fn weight(&self, name: &str, shape: &[usize]) -> Result<Weight, Error> {
         let weight = Weight::from_tensor(&self.take(name, shape)?)?;
         weight.check_finite(name)?;
-        Ok(weight.to_f32())
+        Ok(weight)
     }
 
     /// A matrix `[rows, cols]` in its stored type.
     pub fn table(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error> {
-        let weight = Weight::from_tensor(&self.take(name, &[rows, cols])?)?;
-        weight.check_finite(name)?;
-        Ok(weight)
+        self.weight(name, &[rows, cols])
     }
 
     /// A linear layer of `inputs → outputs`, stored as `[outputs, inputs]` or the other way round.
@@ -171,6 +178,12 @@ impl<'a> Loader<'a> {
             Orientation::InOut => (inputs, outputs),
         };
         Ok(Linear::pack(&self.table(name, rows, cols)?, outputs, inputs, stored))
+    }
+
+    /// The linear layer `{name}.weight [outputs, inputs]` with `{name}.bias [outputs]`.
+    pub fn biased(&self, name: &str, outputs: usize, inputs: usize) -> Result<Linear, Error> {
+        let linear = self.linear(&format!("{name}.weight"), outputs, inputs, Orientation::OutIn)?;
+        Ok(linear.with_bias(self.values(&format!("{name}.bias"), &[outputs])?))
     }
 
     /// Names a tensor that may be in the file though this model has no use for it.

@@ -1,0 +1,129 @@
+//! RWKV-4 "Dove", and v4neo, whose files and inference are the same.
+//!
+//! Tensor names and formulas are those of `RWKV_RNN` in BlinkDL/RWKV-LM, `RWKV-v4/src/model_run.py`. C = width, T = tokens of the
+//! step.
+
+use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
+
+use super::Error;
+use super::block::{Carry, Mixer, Step, time_mixes, token_shift};
+use super::channel_mix::ChannelMix;
+use super::kernels::{self, Wkv4Params, Wkv4States};
+use super::linear::{Linear, Orientation, floats, floats_mut, planes};
+use super::registry::{BASE, Generation, Sizes};
+use super::weights::{Checkpoint, Loader};
+use crate::types::{Row, Segment};
+
+pub const GENERATION: Generation = Generation {
+    name: "v4",
+    detect,
+    mixers: |loader, layer, sizes| {
+        // Some files begin with a second channel mix in place of attention.
+        let first: Box<dyn Mixer> = if layer == 0 && loader.has("blocks.0.ffnPre.key.weight") {
+            channel_mix(loader, "blocks.0.ffnPre", sizes)?
+        } else {
+            Box::new(TimeMix::load(loader, layer, sizes)?)
+        };
+        Ok((first, channel_mix(loader, &format!("blocks.{layer}.ffn"), sizes)?))
+    },
+    ..BASE
+};
+
+/// v3 has the same names with decays of `[C, 1]`, v5 has them with a `ln_x` besides.
+fn detect(checkpoint: &Checkpoint) -> bool {
+    let attention = |layer: usize| {
+        let att = |name: &str| checkpoint.shape(&format!("blocks.{layer}.att.{name}"));
+        matches!(att("time_decay"), Some([_])) && att("time_mix_k").is_some() && att("ln_x.weight").is_none()
+    };
+    attention(0) || (checkpoint.shape("blocks.0.ffnPre.key.weight").is_some() && attention(1))
+}
+
+/// The channel mix of v4 and v5.
+pub fn channel_mix(loader: &Loader, prefix: &str, sizes: &Sizes) -> Result<Box<dyn Mixer>, Error> {
+    let mixes = time_mixes(loader, prefix, &["time_mix_k", "time_mix_r"], sizes.width)?;
+    Ok(Box::new(ChannelMix::load(loader, prefix, format!("{prefix}.shift"), sizes.width, mixes)?))
+}
+
+/// Attention's place in a block: a weighted mean of all values so far, channel by channel.
+struct TimeMix {
+    layer: usize,
+    width: usize,
+    /// `[3, C]`: time_mix_r, time_mix_k, time_mix_v.
+    mixes: Vec<f32>,
+    receptance: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    /// `[C]`: -exp(time_decay).
+    decay: Vec<f32>,
+    /// `[C]`.
+    time_first: Vec<f32>,
+}
+
+impl TimeMix {
+    fn load(loader: &Loader, layer: usize, sizes: &Sizes) -> Result<Self, Error> {
+        let c = sizes.width;
+        let prefix = format!("blocks.{layer}.att");
+        let att = |name: &str| format!("{prefix}.{name}");
+        let square = |name: &str| loader.linear(&att(name), c, c, Orientation::OutIn);
+        Ok(Self {
+            layer,
+            width: c,
+            mixes: time_mixes(loader, &prefix, &["time_mix_r", "time_mix_k", "time_mix_v"], c)?,
+            receptance: square("receptance.weight")?,
+            key: square("key.weight")?,
+            value: square("value.weight")?,
+            output: square("output.weight")?,
+            decay: loader.values(&att("time_decay"), &[c])?.into_iter().map(|w| -w.exp()).collect(),
+            time_first: loader.values(&att("time_first"), &[c])?,
+        })
+    }
+}
+
+impl Mixer for TimeMix {
+    fn segments(&self) -> Vec<Segment> {
+        // No exponent so far: smaller than any that a token can have.
+        let parts = [("shift", 0.0), ("aa", 0.0), ("bb", 0.0), ("pp", -1e30)];
+        let name = |part: &str| format!("blocks.{}.att.{part}", self.layer);
+        parts.map(|(part, init)| Segment::Fixed { name: name(part), shape: vec![self.width], init }).into()
+    }
+
+    fn forward(&self, x: &Tensor, step: &mut Step, _: &mut Carry) -> Result<Tensor, Error> {
+        let (tokens, width) = x.dims2()?;
+        // 1. xr, xk, xv = x · mix + x_prev · (1 - mix)
+        let mixed = token_shift(x, &self.mixes, 0, step)?;
+        let [xr, xk, xv] = planes(&mixed)?;
+        // 2. the linear layers, each into its plane
+        let inputs = step.work.scratch((3, tokens, width))?;
+        let [r, k, v] = planes(&inputs)?;
+        self.receptance.forward(&xr, &r)?;
+        self.key.forward(&xk, &k)?;
+        self.value.forward(&xv, &v)?;
+        // 3. the recurrence
+        let states = Wkv4States { aa: step.segment(1), bb: step.segment(2), pp: step.segment(3) };
+        let y = step.work.scratch((tokens, width))?;
+        y.inplace_op2(&inputs, &Wkv { mix: self, rows: step.rows, states })?;
+        // 4. the output layer
+        let out = step.work.scratch((tokens, width))?;
+        self.output.forward(&y, &out)?;
+        Ok(out)
+    }
+}
+
+/// The recurrence over all rows: `inputs [3, T, C]` (r, k, v) → `[T, C]`.
+struct Wkv<'a> {
+    mix: &'a TimeMix,
+    rows: &'a [Row],
+    states: Wkv4States,
+}
+
+impl InplaceOp2 for Wkv<'_> {
+    fn name(&self) -> &'static str {
+        "wkv4"
+    }
+    fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, x: &CpuStorage, x_l: &Layout) -> candle_core::Result<()> {
+        let params = Wkv4Params { decay: &self.mix.decay, first: &self.mix.time_first };
+        kernels::wkv4(&params, floats(x, x_l)?, self.rows, &self.states, floats_mut(out, out_l)?);
+        Ok(())
+    }
+}

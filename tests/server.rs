@@ -1,0 +1,41 @@
+//! The whole server with the embedded model, over HTTP: its laws, its errors, and what it survives.
+
+#[path = "server/bodies.rs"]
+mod bodies;
+#[path = "server/conformance.rs"]
+mod conformance;
+#[path = "server/durability.rs"]
+mod durability;
+#[path = "server/errors.rs"]
+mod errors;
+#[path = "server/laws.rs"]
+mod laws;
+#[path = "server/process.rs"]
+mod process;
+#[path = "support/server.rs"]
+mod server;
+#[path = "server/sessions.rs"]
+mod sessions;
+#[path = "support/store.rs"]
+mod store;
+#[path = "server/tenants.rs"]
+mod tenants;
+
+use serde_json::{Value, json};
+
+/// `body` with the fields of `more` put over it.
+fn with(mut body: Value, more: Value) -> Value {
+    let fields = body.as_object_mut().expect("an object");
+    fields.extend(more.as_object().expect("an object").clone());
+    body
+}
+
+/// A chat of one message.
+fn user(content: &str) -> Value {
+    json!([{"role": "user", "content": content}])
+}
+
+/// A completion that goes on until it is dropped: the end of the document is never chosen.
+fn endless() -> Value {
+    json!({"prompt": "Once upon a time", "max_tokens": 900_000, "logit_bias": {"0": -100}, "seed": 1})
+}

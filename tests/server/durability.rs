@@ -1,0 +1,352 @@
+//! When a state is announced it is durable; when it cannot be stored or read, that is said and nothing else breaks.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use rewake::state::{Archive, Error, InMemory, Local, Put, Start, Store};
+use rewake::types::{StateId, Tenant};
+use serde_json::{Value, json};
+use tokio::sync::{Semaphore, mpsc};
+
+use crate::server::{CHAT, COMPLETIONS, Client, Server, last, piece, said};
+use crate::store::{Failing, Op, Recording};
+use crate::{user, with};
+
+fn turn(new: &str, session: &str) -> Value {
+    json!({"prompt": new, "session_id": session, "temperature": 0, "max_tokens": 6})
+}
+
+#[tokio::test]
+async fn the_snapshot_then_the_record_then_the_last_chunk() {
+    let store = Arc::new(Recording::new(InMemory::default()));
+    let server = Server::over(store.clone());
+    for path in [COMPLETIONS, CHAT] {
+        let new = if path == CHAT { json!({"messages": user("Hi")}) } else { json!({"prompt": "A cat"}) };
+        let body = with(new, json!({"session_id": "order", "max_tokens": 5}));
+        store.forget();
+        let mut stream = server.client().stream(path, body).await;
+        let end = loop {
+            let chunk = stream.next().await.expect("a finish reason comes");
+            if chunk["choices"][0]["finish_reason"].is_string() {
+                break chunk;
+            }
+        };
+        let log = store.log();
+        let state = format!("t/local/states/{}", end["state"]["id"].as_str().expect("a state"));
+        let writes: Vec<&Op> = log.iter().filter(|op| !matches!(op, Op::Read(_) | Op::Listed(_))).collect();
+        let turn = end["state"]["turn"].as_u64().expect("a number");
+        let record = format!("t/local/sessions/order/{turn:012}");
+        let expected = [
+            Op::PutBegun(state.clone()),
+            Op::PutDone(state, Put::Created),
+            Op::PutBegun(record.clone()),
+            Op::PutDone(record, Put::Created),
+        ];
+        assert_eq!(writes, expected.iter().collect::<Vec<_>>());
+    }
+}
+
+/// A disk that takes as long as the test likes: every put says which it is and waits for leave.
+struct Slow {
+    inner: Arc<InMemory>,
+    begun: mpsc::UnboundedSender<String>,
+    leave: Semaphore,
+}
+
+impl Store for Slow {
+    fn put_if_absent<'a>(&'a self, key: &'a str, value: Bytes) -> BoxFuture<'a, Result<Put, Error>> {
+        async move {
+            let put = self.inner.put_if_absent(key, value).await;
+            self.begun.send(key.into()).expect("the test listens");
+            self.leave.acquire().await.expect("it stays open").forget();
+            put
+        }
+        .boxed()
+    }
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Bytes>, Error>> {
+        self.inner.get(key)
+    }
+    fn get_start<'a>(&'a self, key: &'a str, len: usize) -> BoxFuture<'a, Result<Option<Start>, Error>> {
+        self.inner.get_start(key, len)
+    }
+    fn delete<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<bool, Error>> {
+        self.inner.delete(key)
+    }
+    fn children<'a>(
+        &'a self,
+        folder: &'a str,
+        after: Option<&'a str>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<String>, Error>> {
+        self.inner.children(folder, after, limit)
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_announced_while_it_is_being_written() {
+    let (begun, mut puts) = mpsc::unbounded_channel();
+    let store = Arc::new(Slow { inner: Arc::default(), begun, leave: Semaphore::new(0) });
+    let server = Server::over(store.clone());
+    let client = server.client();
+    let mut chunks = Vec::new();
+    let mut stream = client.stream(COMPLETIONS, turn("A cat", "slow")).await;
+    let whole = tokio::spawn({
+        let client = client.clone();
+        async move { client.ok(COMPLETIONS, turn("A cat", "slow-whole")).await }
+    });
+    for folder in ["states", "sessions"] {
+        // Both turns wait for the same step.
+        for _ in 0..2 {
+            let key = puts.recv().await.expect("a put");
+            assert_eq!(key.split('/').nth(2), Some(folder), "{key}");
+        }
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+            while let Some(chunk) = stream.next().now_or_never() {
+                let chunk = chunk.expect("the stream goes on");
+                assert!(chunk["choices"][0]["finish_reason"].is_null(), "before {folder} is durable: {chunk}");
+                chunks.push(chunk);
+            }
+            assert!(!whole.is_finished(), "before {folder} is durable");
+        }
+        store.leave.add_permits(2);
+    }
+    while let Some(chunk) = stream.next().await {
+        chunks.push(chunk);
+    }
+    assert!(last(&chunks)["state"]["id"].is_string());
+    assert_eq!(said(&chunks, 0), whole.await.expect("no panic").answer());
+    assert!(chunks.iter().filter(|chunk| piece(chunk).is_some()).count() > 2, "text came before");
+}
+
+/// Two servers over one store: only one of two turns that saw the same head becomes part of the session.
+#[tokio::test]
+async fn of_two_servers_one_commits_the_turn() {
+    let (begun, mut puts) = mpsc::unbounded_channel();
+    let inner = Arc::new(InMemory::default());
+    let store = Arc::new(Slow { inner: inner.clone(), begun, leave: Semaphore::new(0) });
+    let (slow, quick) = (Server::over(store.clone()), Server::over(inner));
+    let first = quick.client().ok(COMPLETIONS, turn("A cat", "raced")).await.state_id();
+    let late = tokio::spawn({
+        let client = slow.client();
+        async move { client.ok(COMPLETIONS, turn(" and", "raced")).await }
+    });
+    puts.recv().await.expect("its snapshot is written");
+    let winner = quick.client().ok(COMPLETIONS, turn(" and", "raced")).await;
+    store.leave.add_permits(2);
+    let loser = late.await.expect("no panic");
+    assert_eq!(loser.answer(), winner.answer(), "the answer arrives all the same");
+    assert_eq!((loser.json().get("state"), loser.header("x-state-id")), (Some(&Value::Null), None));
+    assert_eq!(loser.json()["state_error"]["code"], "session_conflict");
+    let session = slow.client().get("/v1/sessions/raced").await.json();
+    assert_eq!((&session["head"], &session["turn"]), (&json!(winner.state_id()), &json!(2)));
+    let turns = quick.client().get("/v1/sessions/raced/turns").await.json()["data"].clone();
+    let ids: Vec<_> = turns.as_array().expect("turns").iter().map(|turn| turn["id"].clone()).collect();
+    assert_eq!(ids, [first, winner.state_id()]);
+}
+
+#[tokio::test]
+async fn a_full_disk_costs_the_state_and_not_the_answer() {
+    let store = Arc::new(Failing::new(InMemory::default()));
+    store.fail(false);
+    let server = Server::over(store.clone());
+    let client = server.client();
+    let head = client.ok(COMPLETIONS, turn("A cat", "full")).await.state_id();
+    let well = client.ok(COMPLETIONS, turn(" and a", "full")).await;
+    let again = json!({"prompt": " and a", "state_id": head, "temperature": 0, "max_tokens": 6});
+    store.fail(true);
+
+    let sent = client.ok(COMPLETIONS, turn(" and a", "full")).await;
+    assert_eq!(sent.header("x-state-id"), None);
+    let error = sent.json()["state_error"].clone();
+    assert_eq!(error["code"], "state_store_failed");
+    assert!(
+        error["message"].as_str().is_some_and(|message| !message.is_empty() && !message.contains("t/local")),
+        "{error}"
+    );
+    let forked = client.ok(COMPLETIONS, again.clone()).await;
+    assert_eq!(forked.answer(), well.answer());
+    for reply in [sent.json(), forked.json()] {
+        assert_eq!((reply.get("state"), &reply["state_error"]), (Some(&Value::Null), &error));
+        assert_eq!(reply["choices"][0].get("state"), Some(&Value::Null));
+        assert_eq!(reply["choices"][0]["state_error"], error);
+    }
+    let chunks = client.stream(COMPLETIONS, again.clone()).await.all().await;
+    assert_eq!(said(&chunks, 0), well.answer());
+    assert_eq!((last(&chunks).get("state"), &last(&chunks)["state_error"]), (Some(&Value::Null), &error));
+    let session = client.get("/v1/sessions/full").await.json();
+    assert_eq!((&session["head"], &session["turn"]), (&json!(well.state_id()), &json!(2)));
+    assert_eq!(client.delete("/v1/sessions/full").await.code(), "store_failed");
+    // Whoever asks for no state does not notice.
+    client.ok(COMPLETIONS, json!({"prompt": "A cat", "max_tokens": 1})).await;
+
+    store.fail(false);
+    let next = client.ok(COMPLETIONS, turn(" sat", "full")).await.json();
+    assert_eq!((&next["state"]["parent"], &next["state"]["turn"]), (&json!(well.state_id()), &json!(3)));
+}
+
+/// A server over a folder, and that folder.
+async fn on_disk() -> (Server, Client, tempfile::TempDir) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = Local::open(folder.path().to_owned()).await.expect("a good folder");
+    let server = Server::over(Arc::new(store));
+    let client = server.client();
+    (server, client, folder)
+}
+
+/// The file of that name somewhere below `folder`.
+fn find(folder: &Path, name: &str) -> PathBuf {
+    let entries = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
+    let (folders, files): (Vec<_>, Vec<_>) = entries.partition(|path| path.is_dir());
+    let named = |path: &&PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(name));
+    let here = files.iter().find(named).cloned();
+    here.or_else(|| folders.iter().map(|sub| find(sub, name)).find(|path| path.exists())).unwrap_or_default()
+}
+
+fn flip(file: &Path, at: usize) {
+    let mut bytes = std::fs::read(file).expect("the file");
+    let len = bytes.len();
+    bytes[at % len] ^= 0x10;
+    std::fs::write(file, bytes).expect("the file");
+}
+
+#[tokio::test]
+async fn a_damaged_state_is_told_and_the_server_lives() {
+    let (_server, client, folder) = on_disk().await;
+    for (n, at) in [9, 300, 5_000, 100_000, usize::MAX].into_iter().enumerate() {
+        let session = format!("damaged-{n}");
+        let state = client.ok(COMPLETIONS, turn("A cat", &session)).await.state_id();
+        let file = find(folder.path(), &state);
+        let good = std::fs::read(&file).expect("the snapshot is a file");
+        flip(&file, at);
+        for path in [COMPLETIONS, CHAT] {
+            let new = if path == CHAT { json!({"messages": user("Hi")}) } else { json!({"prompt": "x"}) };
+            for stream in [false, true] {
+                let body = with(new.clone(), json!({"state_id": state, "stream": stream}));
+                let reply = client.post(path, body).await;
+                assert_eq!((reply.status, reply.code().as_str()), (500, "state_damaged"), "byte {at}");
+                assert_eq!(
+                    (&reply.error()["type"], &reply.error()["param"]),
+                    (&json!("server_error"), &json!("state_id"))
+                );
+                assert_eq!(reply.header("x-should-retry"), Some("false"));
+                assert!(!reply.text.contains(&*folder.path().to_string_lossy()), "no paths: {}", reply.text);
+            }
+        }
+        // The same for one that lost its end.
+        std::fs::write(&file, &good[..good.len() / 2]).expect("the file");
+        let reply = client.post(COMPLETIONS, json!({"prompt": "x", "state_id": state})).await;
+        assert_eq!(reply.code(), "state_damaged");
+        assert_eq!(client.get(&format!("/v1/states/{state}")).await.code(), "state_damaged");
+        assert_eq!(client.get("/v1/states").await.status, 200);
+        std::fs::write(&file, &good).expect("the file");
+        client.ok(COMPLETIONS, json!({"prompt": "x", "state_id": state, "max_tokens": 1})).await;
+    }
+    assert_eq!(client.get("/ready").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_session_outlives_its_snapshot() {
+    let (_server, client, folder) = on_disk().await;
+    let chat = |session: &str, content: &str| json!({"messages": user(content), "session_id": session, "temperature": 0, "max_tokens": 25});
+    // One session keeps its snapshots, the others lose theirs.
+    let mut heads = Vec::new();
+    for session in ["kept", "lost", "damaged"] {
+        client.ok(CHAT, chat(session, "Tell me about a dog.")).await;
+        heads.push(client.ok(CHAT, chat(session, "And the cat?")).await.state_id());
+    }
+    assert_eq!(client.delete(&format!("/v1/states/{}", heads[1])).await.status, 200);
+    flip(&find(folder.path(), &heads[2]), 50_000);
+    let expected = client.ok(CHAT, chat("kept", "Who won?")).await;
+    for (session, head) in ["lost", "damaged"].into_iter().zip(&heads[1..]) {
+        let reply = client.ok(CHAT, chat(session, "Who won?")).await;
+        assert_eq!(reply.answer(), expected.answer(), "{session}");
+        let (reply, expected) = (reply.json(), expected.json());
+        assert_eq!((&reply["state"]["parent"], &reply["state"]["turn"]), (&json!(head), &json!(3)));
+        assert_eq!(reply["state"]["tokens"], expected["state"]["tokens"]);
+        assert_eq!(reply["usage"]["prompt_tokens"], expected["usage"]["prompt_tokens"]);
+        assert_eq!(reply["usage"]["prompt_tokens_details"]["cached_tokens"], 0, "all of it was read again");
+        let turns = client.get(&format!("/v1/sessions/{session}/turns")).await.json()["data"].clone();
+        assert_eq!(
+            turns[2]["token_count"],
+            client.get("/v1/sessions/kept/turns").await.json()["data"][2]["token_count"]
+        );
+    }
+    for session in ["lost", "damaged"] {
+        let next = client.ok(CHAT, chat(session, "Why?")).await.json();
+        assert!(next["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().is_some_and(|n| n > 0));
+    }
+}
+
+/// An answer that was cut goes on after its snapshot was lost, as far as the client had it.
+#[tokio::test]
+async fn a_cut_answer_outlives_its_snapshot() {
+    let server = Server::shared();
+    let client = server.client();
+    let first = |session: &str| json!({"messages": user("Tell me about a dog."), "session_id": session, "temperature": 0, "max_tokens": 12});
+    let rest = |session: &str| json!({"messages": [], "session_id": session, "temperature": 0, "max_tokens": 12});
+    client.ok(CHAT, first("cut:kept")).await;
+    let lost = client.ok(CHAT, first("cut:lost")).await.state_id();
+    let expected = client.ok(CHAT, rest("cut:kept")).await.answer();
+    assert_eq!(client.delete(&format!("/v1/states/{lost}")).await.status, 200);
+    assert_eq!(client.ok(CHAT, rest("cut:lost")).await.answer(), expected);
+}
+
+#[tokio::test]
+async fn a_state_of_other_weights_is_refused() {
+    let store = Arc::new(InMemory::default());
+    let server = Server::over(store.clone());
+    let client = server.client();
+    let own = client.ok(COMPLETIONS, turn("A cat", "mine")).await.state_id();
+    let archive = Archive::new(store);
+    let tenant = Tenant::local();
+    let id = StateId::parse(own).expect("an id");
+    let mut snapshot = archive.load(&tenant, &id, 0).await.expect("a store").expect("it is there");
+    snapshot.head.id = StateId::new(7, 7);
+    snapshot.head.fingerprint = "0".repeat(64);
+    snapshot.head.model = "another".into();
+    let foreign = snapshot.head.id.to_string();
+    archive.keep(Arc::new(snapshot)).await.expect("it is kept");
+    for (path, new) in [(COMPLETIONS, json!({"prompt": "x"})), (CHAT, json!({"messages": user("x")}))] {
+        let reply = client.post(path, with(new, json!({"state_id": foreign}))).await;
+        assert_eq!((reply.status, reply.code().as_str()), (409, "state_model_mismatch"));
+        assert_eq!((reply.header("x-should-retry"), &reply.error()["param"]), (Some("false"), &json!("state_id")));
+        assert!(reply.text.contains("another") && reply.text.contains("stories"), "it names both: {}", reply.text);
+    }
+    assert_eq!(client.get(&format!("/v1/states/{foreign}")).await.json()["model"], "another", "it can still be seen");
+
+    // A session that another model began.
+    let session = rewake::types::SessionId::parse("mine").expect("a name");
+    let head = archive.head(&tenant, &session).await.expect("a store");
+    let mut record = head.live.clone().expect("a turn").record;
+    record.state = Some(StateId::new(7, 7));
+    record.fingerprint = "0".repeat(64);
+    archive.commit(&tenant, &session, &head, &record).await.expect("a store");
+    let reply = client.post(COMPLETIONS, turn("x", "mine")).await;
+    assert_eq!((reply.status, reply.code().as_str()), (409, "state_model_mismatch"));
+    assert_eq!(client.delete(&format!("/v1/states/{foreign}")).await.status, 200);
+    let reply = client.post(COMPLETIONS, turn("x", "mine")).await;
+    assert_eq!(reply.code(), "state_model_mismatch", "its ids are another vocabulary's");
+}
+
+#[tokio::test]
+async fn an_expired_state_is_unknown() {
+    let store = Arc::new(InMemory::default());
+    let server = Server::over(store.clone());
+    let client = server.client();
+    let own = client.ok(COMPLETIONS, turn("A cat", "old")).await.state_id();
+    let archive = Archive::new(store);
+    let id = StateId::parse(own).expect("an id");
+    let mut snapshot = archive.load(&Tenant::local(), &id, 0).await.expect("a store").expect("it is there");
+    snapshot.head.id = StateId::new(7, 7);
+    snapshot.head.expires_at = Some(1_000);
+    archive.keep(Arc::new(snapshot)).await.expect("it is kept");
+    let expired = StateId::new(7, 7).to_string();
+    let reply = client.post(COMPLETIONS, json!({"prompt": "x", "state_id": expired})).await;
+    assert_eq!((reply.status, reply.code().as_str()), (404, "state_not_found"));
+    assert_eq!(client.get(&format!("/v1/states/{expired}")).await.code(), "state_not_found");
+    assert!(!client.get("/v1/states").await.text.contains(&expired));
+}
