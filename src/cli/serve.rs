@@ -68,7 +68,15 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         bar.finish_and_clear();
         models
     });
-    let server = tokio::spawn(app.run(listener, stop_signal()));
+    let server = tokio::spawn(app.run(listener, async {
+        stop_signal().await;
+        tracing::info!("stopping: no new turns, running ones may finish; a second signal ends them");
+        tokio::spawn(async {
+            stop_signal().await;
+            // What a client has seen of a state is durable; a turn under way is lost, as in any crash.
+            std::process::exit(1);
+        });
+    }));
 
     let models = load.await.context("loading was interrupted")??;
     let cards: Vec<ModelCard> = models.iter().map(|m| m.card.clone()).collect();
@@ -145,5 +153,4 @@ async fn stop_signal() {
         () = interrupt => {}
         () = terminate => {}
     }
-    tracing::info!("stopping: no new turns, running ones may finish");
 }

@@ -5,8 +5,7 @@ use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Tensor};
 use super::kernels::{self, Shared, Weight};
 use super::linear::{self, LayerNorm, Linear, Orientation, floats, floats_mut};
 use super::pool::Pool;
-use super::registry::{Generation, Sizes};
-use super::weights::Loader;
+use super::weights::{Checkpoint, Loader};
 use super::workspace::Workspace;
 use super::{ARITHMETIC, Error};
 use crate::types::{Row, Segment, SegmentData, Want};
@@ -40,7 +39,7 @@ pub struct LinearHead {
 
 impl LinearHead {
     pub fn load(loader: &Loader, sizes: &Sizes) -> Result<Box<dyn Head>, Error> {
-        let linear = loader.linear("head.weight", sizes.vocabulary, sizes.width, Orientation::OutIn)?;
+        let linear = Linear::load(loader, "head.weight", sizes.vocabulary, sizes.width, Orientation::OutIn)?;
         Ok(Box::new(Self { ln_out: LayerNorm::load(loader, "ln_out", sizes.width)?, linear }))
     }
 }
@@ -65,6 +64,28 @@ pub fn gather(x: &Tensor, wanted: &[usize], step: &mut Step) -> Result<Tensor, E
         out.inplace_op2(x, &Gather { rows: wanted, width })?;
     }
     Ok(out)
+}
+
+/// Sizes that every generation has.
+pub struct Sizes {
+    pub layers: usize,
+    pub width: usize,
+    pub vocabulary: usize,
+}
+
+impl Sizes {
+    /// The sizes of a checkpoint whose embedding table has this name.
+    pub fn of(checkpoint: &Checkpoint, name: &str) -> Result<Self, Error> {
+        let Some(&[vocabulary, width]) = checkpoint.shape(name) else {
+            return Err(Error::Unknown(format!("it has no matrix `{name}` of vocabulary × width")));
+        };
+        let number = |name: &String| name.strip_prefix("blocks.")?.split_once('.')?.0.parse::<usize>().ok();
+        let layers = checkpoint.tensors().keys().filter_map(number).max().map_or(0, |last| last + 1);
+        if vocabulary == 0 || width == 0 || layers == 0 || layers > checkpoint.tensors().len() {
+            return Err(Error::Unknown(format!("{layers} layers, width {width}, vocabulary {vocabulary}")));
+        }
+        Ok(Self { layers, width, vocabulary })
+    }
 }
 
 /// How a mixer's result joins the residual stream.
@@ -208,56 +229,48 @@ pub struct Description {
     pub context: Option<usize>,
 }
 
-struct Block {
-    ln1: LayerNorm,
-    mixer1: Box<dyn Mixer>,
-    ln2: LayerNorm,
-    mixer2: Box<dyn Mixer>,
+/// One layer.
+pub struct Block {
+    pub ln1: LayerNorm,
+    pub mixer1: Box<dyn Mixer>,
+    pub ln2: LayerNorm,
+    pub mixer2: Box<dyn Mixer>,
+}
+
+/// What a model computes with.
+pub struct Parts {
+    /// `[V, C]`, in its stored type; ln0 is applied as tokens are looked up, in f32.
+    pub embedding: Weight,
+    /// Not in v1 and v2.
+    pub ln0: Option<LayerNorm>,
+    pub residual: Residual,
+    pub blocks: Vec<Block>,
+    pub head: Box<dyn Head>,
 }
 
 /// A loaded model of any generation.
 pub struct Model {
     description: Description,
-    /// `[V, C]`, in its stored type; ln0 is applied as tokens are looked up, in f32.
-    embedding: Weight,
-    /// Not in v1 and v2.
-    ln0: Option<LayerNorm>,
-    residual: Residual,
-    blocks: Vec<Block>,
-    head: Box<dyn Head>,
+    parts: Parts,
     segments: Vec<Segment>,
     initial: Vec<SegmentData>,
     work: Workspace,
 }
 
 impl Model {
-    /// Loads the skeleton's tensors, and through `generation` the mixers and the head.
-    pub(super) fn new(
-        loader: &Loader,
-        generation: &Generation,
-        sizes: &Sizes,
-        mut description: Description,
-    ) -> Result<Self, Error> {
-        let width = sizes.width;
-        let embedding = loader.table(generation.embedding, sizes.vocabulary, width)?;
-        let ln0 = generation.ln0.then(|| LayerNorm::load(loader, "blocks.0.ln0", width)).transpose()?;
-        let mut blocks = Vec::new();
+    /// Puts a model together; what follows from the parts is added to the `description`.
+    pub(super) fn new(mut description: Description, parts: Parts) -> Self {
         let mut segments = Vec::new();
-        for layer in 0..sizes.layers {
-            let (mixer1, mixer2) = (generation.mixers)(loader, layer, sizes)?;
-            segments.extend(mixer1.segments());
-            segments.extend(mixer2.segments());
-            let norm = |name: &str| LayerNorm::load(loader, &format!("blocks.{layer}.{name}"), width);
-            blocks.push(Block { ln1: norm("ln1")?, mixer1, ln2: norm("ln2")?, mixer2 });
+        for block in &parts.blocks {
+            segments.extend(block.mixer1.segments());
+            segments.extend(block.mixer2.segments());
         }
-        let head = (generation.head)(loader, sizes)?;
-        segments.extend(head.segments());
+        segments.extend(parts.head.segments());
         description.state_bytes = 4 * segments.iter().map(Segment::values).sum::<usize>() as u64;
         description.context =
             segments.iter().filter_map(|s| if let Segment::Log { cap, .. } = s { *cap } else { None }).min();
         description.arithmetic = ARITHMETIC;
-        let (initial, work, residual) = (Vec::new(), Workspace::default(), generation.residual);
-        Ok(Self { description, embedding, ln0, residual, blocks, head, segments, initial, work })
+        Self { description, parts, segments, initial: Vec::new(), work: Workspace::default() }
     }
 
     pub fn description(&self) -> &Description {
@@ -292,16 +305,16 @@ impl Model {
 
         // 1. x = ln0(emb[ids])
         let x = self.work.held((tokens, width))?;
-        x.inplace_op1(&Embed { ids, table: &self.embedding, ln0: self.ln0.as_ref(), width })?;
+        x.inplace_op1(&Embed { ids, table: &self.parts.embedding, ln0: self.parts.ln0.as_ref(), width })?;
         let normed = self.work.held((tokens, width))?;
 
         // 2. the blocks
         let mut carry = Carry::default();
         let mut base = 0;
-        for block in &self.blocks {
+        for block in &self.parts.blocks {
             for (norm, mixer) in [(&block.ln1, &block.mixer1), (&block.ln2, &block.mixer2)] {
                 norm.forward(&x, &normed)?;
-                if self.residual == Residual::Normed {
+                if self.parts.residual == Residual::Normed {
                     linear::copy(&x, &normed)?;
                 }
                 let mut step = Step { rows, ids, first: &first, work: &mut self.work, pool, base };
@@ -313,11 +326,11 @@ impl Model {
         }
 
         // 3. logits = head(x), where wanted; a head may have a state of its own to keep up
-        if wanted.is_empty() && self.head.segments().is_empty() {
+        if wanted.is_empty() && self.parts.head.segments().is_empty() {
             return Ok(());
         }
         let mut step = Step { rows, ids, first: &first, work: &mut self.work, pool, base };
-        let out = self.head.forward(&x, &wanted, &mut step)?;
+        let out = self.parts.head.forward(&x, &wanted, &mut step)?;
         Ok(linear::read(&out, |values| logits.extend_from_slice(values))?)
     }
 

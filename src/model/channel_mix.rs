@@ -34,9 +34,9 @@ impl ChannelMix {
             shift,
             width,
             mixes,
-            key: loader.linear(&tensor("key.weight"), inner, width, Orientation::OutIn)?,
-            receptance: loader.linear(&tensor("receptance.weight"), width, width, Orientation::OutIn)?,
-            value: loader.linear(&tensor("value.weight"), width, inner, Orientation::OutIn)?,
+            key: Linear::load(loader, &tensor("key.weight"), inner, width, Orientation::OutIn)?,
+            receptance: Linear::load(loader, &tensor("receptance.weight"), width, width, Orientation::OutIn)?,
+            value: Linear::load(loader, &tensor("value.weight"), width, inner, Orientation::OutIn)?,
         })
     }
 }

@@ -5,9 +5,9 @@
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 
+use super::block::Sizes;
 use super::block::{Head, Step, gather};
 use super::linear::{self, LayerNorm, Linear, Orientation, floats, floats_mut};
-use super::registry::Sizes;
 use super::weights::Loader;
 use super::{Error, kernels};
 use crate::types::{Row, Segment};
@@ -43,7 +43,7 @@ impl CopyHead {
     pub fn load(loader: &Loader, sizes: &Sizes) -> Result<Box<dyn Head>, Error> {
         let c = sizes.width;
         let (size, _) = loader.matrix_shape("head_k.weight")?;
-        let linear = |name: &str, outputs| loader.linear(name, outputs, c, Orientation::OutIn);
+        let linear = |name: &str, outputs| Linear::load(loader, name, outputs, c, Orientation::OutIn);
         Ok(Box::new(Self {
             ln_out: LayerNorm::load(loader, "ln_out", c)?,
             linear: linear("head.weight", sizes.vocabulary)?,

@@ -24,6 +24,27 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// The tensor `name`, stored as `[outputs, inputs]` or the other way round.
+    pub fn load(
+        loader: &Loader,
+        name: &str,
+        outputs: usize,
+        inputs: usize,
+        stored: Orientation,
+    ) -> std::result::Result<Self, Error> {
+        let (rows, cols) = match stored {
+            Orientation::OutIn => (outputs, inputs),
+            Orientation::InOut => (inputs, outputs),
+        };
+        Ok(Self::pack(&loader.table(name, rows, cols)?, outputs, inputs, stored))
+    }
+
+    /// The tensors `{name}.weight [outputs, inputs]` and `{name}.bias [outputs]`.
+    pub fn load_biased(loader: &Loader, name: &str, outputs: usize, inputs: usize) -> std::result::Result<Self, Error> {
+        let linear = Self::load(loader, &format!("{name}.weight"), outputs, inputs, Orientation::OutIn)?;
+        Ok(linear.with_bias(loader.values(&format!("{name}.bias"), &[outputs])?))
+    }
+
     pub fn pack(weight: &Weight, outputs: usize, inputs: usize, stored: Orientation) -> Self {
         match stored {
             Orientation::OutIn => Self::pack_part(weight, outputs, inputs, |o, i| o * inputs + i),

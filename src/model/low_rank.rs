@@ -20,9 +20,9 @@ impl LowRank {
     pub fn load(loader: &Loader, name: &str, width: usize, between: Option<Activation>) -> Result<Self, Error> {
         let (_, rank) = loader.matrix_shape(&format!("{name}1"))?;
         Ok(Self {
-            down: loader.linear(&format!("{name}1"), rank, width, Orientation::InOut)?,
+            down: Linear::load(loader, &format!("{name}1"), rank, width, Orientation::InOut)?,
             between,
-            up: loader.linear(&format!("{name}2"), width, rank, Orientation::InOut)?,
+            up: Linear::load(loader, &format!("{name}2"), width, rank, Orientation::InOut)?,
         })
     }
 

@@ -9,6 +9,7 @@
 mod block;
 mod channel_mix;
 mod copy_head;
+mod generation;
 mod kernels;
 mod linear;
 mod low_rank;

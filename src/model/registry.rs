@@ -1,42 +1,11 @@
 //! Which generations there are, and how a checkpoint becomes a model.
 
-use super::block::{Description, Head, LinearHead, Mixer, Model, Residual};
+use super::block::{Block, Description, Model, Parts, Sizes};
+use super::generation::Generation;
+use super::linear::LayerNorm;
 use super::weights::{Checkpoint, Loader};
 use super::{Error, v1, v2, v3, v4, v5, v6, v7};
 use crate::types::{Segment, SegmentData};
-
-/// A generation: how its files are recognised and how the two mixers of a layer are made. Everything else is shared.
-pub struct Generation {
-    pub name: &'static str,
-    /// By the names of tensors, and by shapes where generations share all names. No file is of two generations.
-    pub detect: fn(&Checkpoint) -> bool,
-    #[allow(clippy::type_complexity)]
-    pub mixers: fn(&Loader, usize, &Sizes) -> Result<(Box<dyn Mixer>, Box<dyn Mixer>), Error>,
-    /// Makes the head.
-    pub head: fn(&Loader, &Sizes) -> Result<Box<dyn Head>, Error>,
-    /// Name of the embedding table.
-    pub embedding: &'static str,
-    /// Whether there is a norm `blocks.0.ln0` behind it.
-    pub ln0: bool,
-    pub residual: Residual,
-    /// The segment that a state-tuned `blocks.N.att.time_state` of layer N replaces.
-    pub time_state: Option<fn(usize) -> String>,
-    /// Whether the segment is `[H, K, V]`: the stored tensor is always `[H, V, K]`.
-    pub transpose_time_state: bool,
-}
-
-/// What generations have in common, to be completed with `..BASE`.
-pub const BASE: Generation = Generation {
-    name: "",
-    detect: |_| false,
-    mixers: |_, _, _| Err(Error::Unknown(String::new())),
-    head: LinearHead::load,
-    embedding: "emb.weight",
-    ln0: true,
-    residual: Residual::Plain,
-    time_state: None,
-    transpose_time_state: false,
-};
 
 /// Every known generation.
 const GENERATIONS: &[Generation] = &[
@@ -50,28 +19,6 @@ const GENERATIONS: &[Generation] = &[
     v6::GENERATION,
     v7::GENERATION,
 ];
-
-/// Sizes that every generation has.
-pub struct Sizes {
-    pub layers: usize,
-    pub width: usize,
-    pub vocabulary: usize,
-}
-
-impl Sizes {
-    fn of(checkpoint: &Checkpoint, generation: &Generation) -> Result<Self, Error> {
-        let name = generation.embedding;
-        let Some(&[vocabulary, width]) = checkpoint.shape(name) else {
-            return Err(Error::Unknown(format!("it has no matrix `{name}` of vocabulary × width")));
-        };
-        let number = |name: &String| name.strip_prefix("blocks.")?.split_once('.')?.0.parse::<usize>().ok();
-        let layers = checkpoint.tensors().keys().filter_map(number).max().map_or(0, |last| last + 1);
-        if vocabulary == 0 || width == 0 || layers == 0 || layers > checkpoint.tensors().len() {
-            return Err(Error::Unknown(format!("{layers} layers, width {width}, vocabulary {vocabulary}")));
-        }
-        Ok(Self { layers, width, vocabulary })
-    }
-}
 
 /// What may be added to a checkpoint as it is loaded.
 pub struct LoadOptions<'a> {
@@ -96,7 +43,7 @@ pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Err
         let known: Vec<_> = GENERATIONS.iter().map(|g| g.name).collect();
         Error::Unknown(format!("its tensor names are of no known generation ({})", known.join(", ")))
     })?;
-    let sizes = Sizes::of(checkpoint, generation)?;
+    let sizes = Sizes::of(checkpoint, generation.embedding)?;
     let loader = Loader::new(checkpoint, generation.name, options.progress);
     let description = Description {
         generation: generation.name,
@@ -109,7 +56,7 @@ pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Err
         state_bytes: 0,
         context: None,
     };
-    let mut model = Model::new(&loader, generation, &sizes, description)?;
+    let mut model = Model::new(description, parts(&loader, generation, &sizes)?);
     let mut initial = time_states(&loader, generation, &model)?;
     loader.finish()?;
     if let Some(file) = options.initial_state {
@@ -119,6 +66,22 @@ pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Err
     }
     model.set_initial(initial);
     Ok(model)
+}
+
+/// Reads the skeleton's tensors, and through `generation` the mixers and the head.
+fn parts(loader: &Loader, generation: &Generation, sizes: &Sizes) -> Result<Parts, Error> {
+    let block = |layer| {
+        let (mixer1, mixer2) = (generation.mixers)(loader, layer, sizes)?;
+        let norm = |name: &str| LayerNorm::load(loader, &format!("blocks.{layer}.{name}"), sizes.width);
+        Ok(Block { ln1: norm("ln1")?, mixer1, ln2: norm("ln2")?, mixer2 })
+    };
+    Ok(Parts {
+        embedding: loader.table(generation.embedding, sizes.vocabulary, sizes.width)?,
+        ln0: generation.ln0.then(|| LayerNorm::load(loader, "blocks.0.ln0", sizes.width)).transpose()?,
+        residual: generation.residual,
+        blocks: (0..sizes.layers).map(block).collect::<Result<_, Error>>()?,
+        head: (generation.head)(loader, sizes)?,
+    })
 }
 
 /// Reads a state-tuned initial state, if there is one: of every layer or of none.

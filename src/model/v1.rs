@@ -6,11 +6,11 @@
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Tensor};
 
 use super::Error;
-use super::block::{Carry, Head, Mixer, Step, token_shift};
+use super::block::{Carry, Head, Mixer, Sizes, Step, token_shift};
 use super::copy_head::{self, CopyHead};
+use super::generation::{BASE, Generation};
 use super::kernels::{self, Activation, Curves, Shared};
 use super::linear::{self, LayerNorm, Linear, Orientation, floats, floats_mut, planes};
-use super::registry::{BASE, Generation, Sizes};
 use super::weights::Loader;
 use crate::types::{Row, Segment};
 
@@ -35,9 +35,9 @@ fn head(loader: &Loader, sizes: &Sizes) -> Result<Box<dyn Head>, Error> {
     let context = copy_head::context(loader)?;
     Ok(Box::new(CopyHead {
         ln_out: LayerNorm::load(loader, "ln_f", c)?,
-        linear: loader.linear("head.weight", sizes.vocabulary, c, Orientation::OutIn)?,
-        query: loader.biased("head_q", size, c)?,
-        key: loader.biased("head_k", size, c)?,
+        linear: Linear::load(loader, "head.weight", sizes.vocabulary, c, Orientation::OutIn)?,
+        query: Linear::load_biased(loader, "head_q", size, c)?,
+        key: Linear::load_biased(loader, "head_k", size, c)?,
         window: context,
         time_out: loader.values("time_out", &[1, context, 1])?,
     }))
@@ -81,10 +81,10 @@ impl TimeMix {
             layer,
             context,
             mix: first_half(c),
-            receptance: loader.biased(&attn("receptance"), width, c)?,
-            key: loader.biased(&attn("key"), width, c)?,
-            value: loader.biased(&attn("value"), width, c)?,
-            output: loader.biased(&attn("output"), c, width)?,
+            receptance: Linear::load_biased(loader, &attn("receptance"), width, c)?,
+            key: Linear::load_biased(loader, &attn("key"), width, c)?,
+            value: Linear::load_biased(loader, &attn("value"), width, c)?,
+            output: Linear::load_biased(loader, &attn("output"), c, width)?,
             time_w: loader.values(&attn("time_w"), &[heads, context])?,
             alpha: loader.values(&attn("time_alpha"), &[heads, 1, context])?,
             beta: loader.values(&attn("time_beta"), &[heads, context, 1])?,
@@ -197,10 +197,10 @@ impl ChannelMix {
         Ok(Self {
             layer,
             mix: first_half(c),
-            key: loader.biased(&mlp("key"), inner, c)?,
-            value: loader.biased(&mlp("value"), inner, c)?,
-            weight: loader.biased(&mlp("weight"), c, inner)?,
-            receptance: loader.biased(&mlp("receptance"), c, c)?,
+            key: Linear::load_biased(loader, &mlp("key"), inner, c)?,
+            value: Linear::load_biased(loader, &mlp("value"), inner, c)?,
+            weight: Linear::load_biased(loader, &mlp("weight"), c, inner)?,
+            receptance: Linear::load_biased(loader, &mlp("receptance"), c, c)?,
         })
     }
 }

@@ -6,12 +6,12 @@
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 
 use super::Error;
-use super::block::{Carry, Mixer, Residual, Step, time_mixes, token_shift};
+use super::block::{Carry, Mixer, Residual, Sizes, Step, time_mixes, token_shift};
 use super::channel_mix::ChannelMix;
 use super::copy_head::CopyHead;
+use super::generation::{BASE, Generation};
 use super::kernels::{self, Shared, Wkv2Params};
 use super::linear::{Linear, Orientation, floats, floats_mut, planes};
-use super::registry::{BASE, Generation, Sizes};
 use super::weights::Loader;
 use crate::types::{Row, Segment};
 
@@ -68,7 +68,7 @@ impl TimeMix {
     fn load(loader: &Loader, layer: usize, sizes: &Sizes, mixes: [&str; 3], eps: f32) -> Result<Self, Error> {
         let c = sizes.width;
         let prefix = format!("blocks.{layer}.att");
-        let square = |name: &str| loader.linear(&format!("{prefix}.{name}.weight"), c, c, Orientation::OutIn);
+        let square = |name: &str| Linear::load(loader, &format!("{prefix}.{name}.weight"), c, c, Orientation::OutIn);
         let vector = |name: &str, f: fn(f32) -> f32| -> Result<Vec<f32>, Error> {
             Ok(loader.values(&format!("{prefix}.{name}"), &[c, 1])?.into_iter().map(f).collect())
         };

@@ -4,7 +4,7 @@
 
 use super::block::LinearHead;
 use super::copy_head::CopyHead;
-use super::registry::{BASE, Generation};
+use super::generation::{BASE, Generation};
 use super::v2::mixers;
 use super::weights::Checkpoint;
 

@@ -6,11 +6,11 @@
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 
 use super::Error;
-use super::block::{Carry, Mixer, Step, time_mixes, token_shift};
+use super::block::{Carry, Mixer, Sizes, Step, time_mixes, token_shift};
 use super::channel_mix::ChannelMix;
+use super::generation::{BASE, Generation};
 use super::kernels::{self, Wkv4Params, Wkv4States};
 use super::linear::{Linear, Orientation, floats, floats_mut, planes};
-use super::registry::{BASE, Generation, Sizes};
 use super::weights::{Checkpoint, Loader};
 use crate::types::{Row, Segment};
 
@@ -65,7 +65,7 @@ impl TimeMix {
         let c = sizes.width;
         let prefix = format!("blocks.{layer}.att");
         let att = |name: &str| format!("{prefix}.{name}");
-        let square = |name: &str| loader.linear(&att(name), c, c, Orientation::OutIn);
+        let square = |name: &str| Linear::load(loader, &att(name), c, c, Orientation::OutIn);
         Ok(Self {
             layer,
             width: c,

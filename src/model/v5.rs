@@ -13,10 +13,10 @@
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 
 use super::Error;
-use super::block::{Carry, Mixer, Step, time_mixes, token_shift};
+use super::block::{Carry, Mixer, Sizes, Step, time_mixes, token_shift};
+use super::generation::{BASE, Generation};
 use super::kernels::{self, Shared, Wkv5Inputs, Wkv5Params};
 use super::linear::{Linear, Orientation, floats, floats_mut, planes};
-use super::registry::{BASE, Generation, Sizes};
 use super::v4::channel_mix;
 use super::weights::{Checkpoint, Loader};
 use crate::types::{Row, Segment};
@@ -65,7 +65,7 @@ impl TimeMix {
         let c = sizes.width;
         let prefix = format!("blocks.{layer}.att");
         let att = |name: &str| format!("{prefix}.{name}");
-        let square = |name: &str| loader.linear(&att(name), c, c, Orientation::OutIn);
+        let square = |name: &str| Linear::load(loader, &att(name), c, c, Orientation::OutIn);
         let expected = format!("[heads] or [heads, head size] of a width of {c}");
         let shape = loader.shape(&att("time_decay"), &expected)?.to_vec();
         let (heads, head_size) = match shape[..] {

@@ -7,12 +7,12 @@
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
 
 use super::Error;
-use super::block::{Carry, Mixer, Step, token_shift_added, token_shift_ahead};
+use super::block::{Carry, Mixer, Sizes, Step, token_shift_added, token_shift_ahead};
 use super::channel_mix::ChannelMix;
+use super::generation::{BASE, Generation};
 use super::kernels::{self, Activation};
 use super::linear::{Linear, Orientation, floats_mut, planes};
 use super::low_rank::LowRank;
-use super::registry::{BASE, Generation, Sizes};
 use super::v5::Heads;
 use super::weights::Loader;
 use crate::types::Segment;
@@ -66,7 +66,7 @@ impl TimeMix {
         let c = sizes.width;
         let prefix = format!("blocks.{layer}.att");
         let att = |name: &str| format!("{prefix}.{name}");
-        let square = |name: &str| loader.linear(&att(name), c, c, Orientation::OutIn);
+        let square = |name: &str| Linear::load(loader, &att(name), c, c, Orientation::OutIn);
         let (heads, head_size) = loader.matrix_shape(&att("time_faaaa"))?;
         if heads.checked_mul(head_size) != Some(c) {
             let expected = format!("[heads, head size] with a product of {c}");

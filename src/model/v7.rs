@@ -7,11 +7,11 @@
 use candle_core::{CpuStorage, InplaceOp3, Layout, Tensor};
 
 use super::Error;
-use super::block::{Carry, Mixer, Step, token_shift};
+use super::block::{Carry, Mixer, Sizes, Step, token_shift};
+use super::generation::{BASE, Generation};
 use super::kernels::{Activation, HeadInputs, HeadParams, MAX_HEAD, Shared, parallel, wkv7_head};
 use super::linear::{self, Linear, Orientation, floats, floats_mut, planes};
 use super::low_rank::LowRank;
-use super::registry::{BASE, Generation, Sizes};
 use super::weights::Loader;
 use crate::types::{Row, Segment};
 
@@ -66,7 +66,7 @@ impl TimeMix {
         let c = sizes.width;
         let att = |name: &str| format!("blocks.{layer}.att.{name}");
         let vector = |name: &str| loader.values(&att(name), &[c]);
-        let square = |name: &str| loader.linear(&att(name), c, c, Orientation::OutIn);
+        let square = |name: &str| Linear::load(loader, &att(name), c, c, Orientation::OutIn);
         let (heads, head_size) = loader.matrix_shape(&att("r_k"))?;
         if heads.checked_mul(head_size) != Some(c) || head_size > MAX_HEAD {
             let expected = format!("[heads, head size] with a product of {c} and heads of at most {MAX_HEAD}");
@@ -246,8 +246,8 @@ impl ChannelMix {
             layer,
             width: c,
             x_k: loader.values(&ffn("x_k"), &[c])?,
-            key: loader.linear(&ffn("key.weight"), inner, c, Orientation::OutIn)?,
-            value: loader.linear(&ffn("value.weight"), c, inner, Orientation::OutIn)?,
+            key: Linear::load(loader, &ffn("key.weight"), inner, c, Orientation::OutIn)?,
+            value: Linear::load(loader, &ffn("value.weight"), c, inner, Orientation::OutIn)?,
         })
     }
 }

@@ -12,7 +12,6 @@ use candle_core::{DType, Tensor};
 
 use super::Error;
 use super::kernels::Weight;
-use super::linear::{Linear, Orientation};
 pub use lora::Lora;
 
 /// Type and shape of a stored tensor.
@@ -169,21 +168,6 @@ impl<'a> Loader<'a> {
     /// A matrix `[rows, cols]` in its stored type.
     pub fn table(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error> {
         self.weight(name, &[rows, cols])
-    }
-
-    /// A linear layer of `inputs → outputs`, stored as `[outputs, inputs]` or the other way round.
-    pub fn linear(&self, name: &str, outputs: usize, inputs: usize, stored: Orientation) -> Result<Linear, Error> {
-        let (rows, cols) = match stored {
-            Orientation::OutIn => (outputs, inputs),
-            Orientation::InOut => (inputs, outputs),
-        };
-        Ok(Linear::pack(&self.table(name, rows, cols)?, outputs, inputs, stored))
-    }
-
-    /// The linear layer `{name}.weight [outputs, inputs]` with `{name}.bias [outputs]`.
-    pub fn biased(&self, name: &str, outputs: usize, inputs: usize) -> Result<Linear, Error> {
-        let linear = self.linear(&format!("{name}.weight"), outputs, inputs, Orientation::OutIn)?;
-        Ok(linear.with_bias(self.values(&format!("{name}.bias"), &[outputs])?))
     }
 
     /// Names a tensor that may be in the file though this model has no use for it.
