@@ -35,7 +35,7 @@ pub(super) struct Engine {
 struct Live {
     job: Job,
     events: UnboundedSender<Event>,
-    _permit: Permit,
+    permit: Permit,
     since: Instant,
     seats: Vec<Seat>,
     /// Where the prompt is read.
@@ -152,18 +152,17 @@ impl Engine {
                 .as_deref()
                 .filter(|_| job.keep)
                 .map(|memory| Box::new(Kept { memory: memory.clone(), ids: memory.pending.ends.clone() }));
-            send(&events, Event::Done { choice: 0, finish: Finish::Stop, sampled: 0, kept });
-            return;
+            drop(permit);
+            return send(&events, Event::Done { choice: 0, finish: Finish::Stop, sampled: 0, kept });
         }
         let need = Need { tenant: job.tenant.clone(), tokens: job.ids.len(), seats: job.choices };
         if let Err(refused) = self.scheduler.submit(id, need) {
-            send(&events, Event::Failed(refused.to_string()));
-            return;
+            drop(permit);
+            return send(&events, Event::Failed(refused.to_string()));
         }
         let prompt = Place { current: SlotId(0), fed: 0, anchor: None, shared: false };
         let since = clock::now();
-        let live =
-            Live { job, events, _permit: permit, since, seats: Vec::new(), prompt, response, choices: Vec::new() };
+        let live = Live { job, events, permit, since, seats: Vec::new(), prompt, response, choices: Vec::new() };
         self.jobs.insert(id, live);
     }
 
@@ -178,9 +177,7 @@ impl Engine {
 
     fn fail(&mut self, id: JobId, why: &str) {
         self.scheduler.cancel(id);
-        if let Some(live) = self.jobs.remove(&id) {
-            send(&live.events, Event::Failed(why.into()));
-        }
+        self.leave(id, Event::Failed(why.into()));
     }
 
     fn step(&mut self, plan: &Plan) {
@@ -344,13 +341,22 @@ impl Engine {
             }
         }
         let kept = live.job.keep.then(|| Box::new(keep(&live.job, &response, place, &*self.backend, &*self.text)));
-        send(&live.events, Event::Done { choice: index, finish, sampled: response.sampled(), kept });
-        if live.choices.iter().all(Option::is_none) {
-            let millis = (clock::now() - live.since).as_millis() as u64;
-            let average = self.gauges.job_millis.load(Ordering::Relaxed);
-            let average = if average == 0 { millis } else { (7 * average + millis) / 8 };
-            self.gauges.job_millis.store(average, Ordering::Relaxed);
-            self.jobs.remove(&id);
+        let done = Event::Done { choice: index, finish, sampled: response.sampled(), kept };
+        if live.choices.iter().any(Option::is_some) {
+            return send(&live.events, done);
+        }
+        let millis = (clock::now() - live.since).as_millis() as u64;
+        let average = self.gauges.job_millis.load(Ordering::Relaxed);
+        let average = if average == 0 { millis } else { (7 * average + millis) / 8 };
+        self.gauges.job_millis.store(average, Ordering::Relaxed);
+        self.leave(id, done);
+    }
+
+    /// Sends a job's last event. Its place is free by then: who hears of the end may take it.
+    fn leave(&mut self, id: JobId, last: Event) {
+        if let Some(Live { events, permit, .. }) = self.jobs.remove(&id) {
+            drop(permit);
+            send(&events, last);
         }
     }
 }
