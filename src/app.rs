@@ -105,7 +105,10 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
         let tokenizer =
             model.tokenizer.as_ref().filter(|t| !["world", "bytes"].contains(&t.as_str())).map(PathBuf::from);
         for file in [&model.file, &model.lora, &model.state, &tokenizer].into_iter().flatten() {
-            fs::File::open(file).with_context(|| format!("cannot open {}", file.display()))?;
+            let shown = file.display();
+            let metadata = fs::metadata(file).with_context(|| format!("cannot open {shown}"))?;
+            anyhow::ensure!(metadata.is_file(), "{shown} is not a regular file");
+            fs::File::open(file).with_context(|| format!("cannot open {shown}"))?;
         }
         if let Some(ProfileChoice::Named(name)) = &model.profile {
             builtin_profile(name)?;

@@ -189,6 +189,7 @@ impl Config {
             ("engine.budget", budget, 1 << 15),
             ("engine.busy_budget", busy_budget, 1 << 15),
             ("engine.threads", threads.max(1), 1 << 10),
+            ("requests.body_bytes", self.requests.body_bytes, 1 << 40),
             ("requests.choices", self.requests.choices, 1 << 15),
             ("requests.prompts", self.requests.prompts, 1 << 15),
             ("turns.prompt_tokens", self.turns.prompt_tokens, usize::MAX),

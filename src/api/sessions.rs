@@ -12,7 +12,7 @@ use super::error::Refusals;
 use super::extract::{Name, Query};
 use super::list::{Deleted, Identified, List, PageQuery, page};
 use super::openai::reply::Usage;
-use super::{App, Caller, Error};
+use super::{App, Caller, Error, ErrorBody};
 use crate::session::{Listing, SessionInfo, TurnInfo};
 use crate::types::{Message, Role, SessionId};
 
@@ -168,13 +168,17 @@ pub async fn show_session(State(app): State<Arc<App>>, caller: Caller, Name(id):
     Ok(Json(app.sessions.session(&caller.tenant, &session_id(id)?).await?.into()))
 }
 
-/// Delete a session with its states, except those that others share.
+/// Delete a session with its states, except those that others share. Refused with 409 while it runs a turn.
 #[utoipa::path(
     delete,
     path = "/v1/sessions/{id}",
     tag = "sessions",
     params(("id" = String, Path, description = "Name of a session")),
-    responses((status = 200, description = "It is gone", body = Deleted), Refusals),
+    responses(
+        (status = 200, description = "It is gone", body = Deleted),
+        (status = 409, description = "It is running a turn (`session_busy`)", body = ErrorBody),
+        Refusals,
+    ),
 )]
 pub async fn delete_session(
     State(app): State<Arc<App>>,

@@ -8,7 +8,7 @@ use super::{Input, Model, Prompt, StateError, StateReceipt, Turn};
 use crate::engine::Kept;
 use crate::state::{self, Archive, Commit};
 use crate::telemetry::{clock, metrics};
-use crate::types::{Finish, Memory, Snapshot, SnapshotHead, StateId, TurnRecord, TurnUsage};
+use crate::types::{Finish, Memory, Message, Snapshot, SnapshotHead, StateId, TurnRecord, TurnUsage};
 
 /// Everything about a turn that its stored state and record say.
 pub(super) struct Keeper {
@@ -101,17 +101,7 @@ impl Keeper {
         let common = pending.iter().zip(&ids).take_while(|(a, b)| a == b).count();
         let cached_tokens = self.parent.as_ref().map_or(0, |p| p.memory.consumed);
         let prompt_ids = (self.prompt_tokens - cached_tokens) as usize;
-        let (messages, text) = match &self.turn.input {
-            Input::Chat(messages) => (messages.clone(), None),
-            Input::Prompts(prompts) => match prompts.first() {
-                Some(Prompt::Text(text)) => (Vec::new(), Some(text.clone())),
-                Some(Prompt::Ids(ids)) => {
-                    let bytes = self.model.text.decode(ids);
-                    (Vec::new(), Some(String::from_utf8_lossy(&bytes).into_owned()))
-                }
-                None => (Vec::new(), None),
-            },
-        };
+        let (messages, text) = said(&self.model, &self.turn.input);
         TurnRecord {
             state: None,
             parent: self.parent.as_ref().map(|p| p.id.clone()),
@@ -134,6 +124,19 @@ impl Keeper {
             expires_at: self.expires_at,
         }
     }
+}
+
+/// What the client sent, as a turn's record keeps it: chat messages, or the text of a prompt.
+pub(super) fn said(model: &Model, input: &Input) -> (Vec<Message>, Option<String>) {
+    let prompts = match input {
+        Input::Chat(messages) => return (messages.clone(), None),
+        Input::Prompts(prompts) => prompts,
+    };
+    let text = prompts.first().map(|prompt| match prompt {
+        Prompt::Text(text) => text.clone(),
+        Prompt::Ids(ids) => String::from_utf8_lossy(&model.text.decode(ids)).into_owned(),
+    });
+    (Vec::new(), text)
 }
 
 /// The cause is for the log only: it may name paths.

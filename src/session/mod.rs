@@ -263,6 +263,12 @@ impl Drop for Turnstile {
 
 impl From<state::Error> for Error {
     fn from(error: state::Error) -> Self {
-        Error::Store(error.to_string())
+        match error {
+            state::Error::Damaged { key, why } => {
+                tracing::error!(key, why, "a stored object is damaged");
+                Error::SessionDamaged(why)
+            }
+            other => Error::Store(other.to_string()),
+        }
     }
 }

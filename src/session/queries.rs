@@ -62,8 +62,9 @@ impl Sessions {
         Ok(Listing { data: turns.data.into_iter().filter_map(turn_info).collect(), has_more })
     }
 
-    /// Ends a session at once and removes its states, but for those other sessions have.
+    /// Ends a session at once and removes its states, but for those other sessions have. Not while it runs a turn.
     pub async fn delete_session(&self, tenant: &Tenant, id: &SessionId) -> Result<(), Error> {
+        let _turnstile = self.busy.enter(tenant, id)?;
         let deleted = self.archive.delete(tenant, id, clock::unix_seconds()).await?;
         if deleted { Ok(()) } else { Err(Error::SessionNotFound(id.clone())) }
     }

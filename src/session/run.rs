@@ -6,24 +6,28 @@ use std::sync::Arc;
 use futures::stream::{self, SelectAll, StreamExt};
 use tokio::sync::mpsc;
 
-use super::keep::Keeper;
+use super::keep::{Keeper, said};
 use super::origin::Origin;
 use super::prompt::{self, Reading};
 use super::{Error, Event, Input, Model, Running, Sessions, StateReceipt, Turn};
 use crate::engine::{self, Job, Permit};
+use crate::state::Entry;
 use crate::telemetry::clock;
 use crate::text::Trim;
-use crate::types::Memory;
+use crate::types::{Memory, SessionId};
 
 /// Events that wait for a slow reader before the turn's task does.
 const BACKLOG: usize = 64;
+
+/// How many of a session's last turns are looked at for a repeated `Idempotency-Key`: retries come soon.
+const REMEMBERED: u64 = 64;
 
 impl Sessions {
     /// Runs a turn. Everything that can be refused is refused here, before the first event.
     pub async fn start(&self, turn: Turn) -> Result<Running, Error> {
         let model = self.find(turn.model.as_deref())?.clone();
         let origin = self.origin(&turn, &model).await?;
-        if let Some(replayed) = self.replay(&turn, &model, &origin) {
+        if let Some(replayed) = self.replay(&turn, &model, &origin).await? {
             return Ok(replayed);
         }
         origin.check(&turn.start)?;
@@ -134,46 +138,59 @@ impl Sessions {
         Ok(max_tokens)
     }
 
-    /// The committed turn that a retried request already ran, if its session ended with it.
-    fn replay(&self, turn: &Turn, model: &Model, origin: &Origin) -> Option<Running> {
-        let key = turn.idempotency_key.as_ref()?;
-        let entry = origin.session.as_ref()?.head.live.as_ref()?;
-        let record = entry.record.clone();
-        if record.idempotency_key.as_ref() != Some(key) {
-            return None;
-        }
-        let (events, receiver) = mpsc::channel(2);
-        if !record.answer.is_empty() {
-            events.try_send(Event::Text { choice: 0, text: record.answer }).expect("room for two");
-        }
-        let receipt = StateReceipt {
-            id: record.state?,
-            parent: record.parent,
-            session_id: origin.session.as_ref().map(|s| s.id.clone()),
-            turn: entry.turn - entry.first + 1,
-            tokens: record.tokens,
-            bytes: record.bytes,
-            expires_at: record.expires_at,
+    /// The committed turn that a retried request already ran, if it is among its session's last ones.
+    async fn replay(&self, turn: &Turn, model: &Model, origin: &Origin) -> Result<Option<Running>, Error> {
+        let (Some(key), Some(session)) = (&turn.idempotency_key, &origin.session) else { return Ok(None) };
+        let Some(head) = &session.head.live else { return Ok(None) };
+        let after = head.turn.saturating_sub(REMEMBERED).max(head.first - 1);
+        let recent = self.archive.turns(&turn.tenant, &session.id, after, REMEMBERED as usize).await?;
+        let recent = recent.into_iter().flat_map(|listed| listed.data);
+        let Some(entry) = recent.filter(|entry| entry.record.idempotency_key.as_ref() == Some(key)).last() else {
+            return Ok(None);
         };
-        let done = Event::Done {
-            choice: 0,
-            finish: record.finish?,
-            completion_tokens: record.usage.completion_tokens,
-            stored: Some(Ok(receipt)),
-        };
-        events.try_send(done).expect("room for two");
-        Some(Running {
-            response_id: record.response_id,
-            model: record.model,
-            fingerprint: model.card.fingerprint.clone(),
-            created: record.created,
-            seed: record.seed,
-            prompt_tokens: record.usage.prompt_tokens,
-            cached_tokens: record.usage.cached_tokens,
-            choices: 1,
-            events: receiver,
-        })
+        let record = &entry.record;
+        if said(model, &turn.input) != (record.messages.clone(), record.text.clone()) {
+            let why = "this key was used for another request of the session; a new request needs a new key";
+            return invalid("idempotency-key", why);
+        }
+        Ok(replayed(entry, &session.id, model))
     }
+}
+
+/// A committed turn as a running one.
+fn replayed(entry: Entry, session: &SessionId, model: &Model) -> Option<Running> {
+    let record = entry.record;
+    let (events, receiver) = mpsc::channel(2);
+    if !record.answer.is_empty() {
+        events.try_send(Event::Text { choice: 0, text: record.answer }).expect("room for two");
+    }
+    let receipt = StateReceipt {
+        id: record.state?,
+        parent: record.parent,
+        session_id: Some(session.clone()),
+        turn: entry.turn - entry.first + 1,
+        tokens: record.tokens,
+        bytes: record.bytes,
+        expires_at: record.expires_at,
+    };
+    let done = Event::Done {
+        choice: 0,
+        finish: record.finish?,
+        completion_tokens: record.usage.completion_tokens,
+        stored: Some(Ok(receipt)),
+    };
+    events.try_send(done).expect("room for two");
+    Some(Running {
+        response_id: record.response_id,
+        model: record.model,
+        fingerprint: model.card.fingerprint.clone(),
+        created: record.created,
+        seed: record.seed,
+        prompt_tokens: record.usage.prompt_tokens,
+        cached_tokens: record.usage.cached_tokens,
+        choices: 1,
+        events: receiver,
+    })
 }
 
 fn invalid<T>(param: &'static str, message: &str) -> Result<T, Error> {

@@ -131,6 +131,11 @@ pub enum Error {
     /// The stored object is damaged.
     #[error("state `{0}` is damaged and cannot be used: {1}")]
     StateDamaged(StateId, String),
+    /// A stored record is damaged.
+    #[error(
+        "what is stored of this session is damaged ({0}); its states still work by their ids, and it can be deleted"
+    )]
+    SessionDamaged(String),
     /// A request that passed the wire's validation but does not fit this model or these limits.
     #[error("{message}")]
     Invalid { param: &'static str, code: Option<&'static str>, message: String },

@@ -350,3 +350,23 @@ async fn an_expired_state_is_unknown() {
     assert_eq!(client.get(&format!("/v1/states/{expired}")).await.code(), "state_not_found");
     assert!(!client.get("/v1/states").await.text.contains(&expired));
 }
+
+#[tokio::test]
+async fn a_damaged_record_is_told_and_its_states_still_work() {
+    let (_server, client, folder) = on_disk().await;
+    client.ok(COMPLETIONS, turn("A cat", "torn")).await;
+    let second = client.ok(COMPLETIONS, turn(" sat", "torn")).await.state_id();
+    let record = folder.path().join("t/local/sessions/torn/000000000002");
+    let good = std::fs::read(&record).expect("the record is a file");
+    for damage in [&good[..0], &good[..good.len() / 2]] {
+        std::fs::write(&record, damage).expect("the file");
+        for reply in [client.post(COMPLETIONS, turn("!", "torn")).await, client.get("/v1/sessions/torn").await] {
+            assert_eq!((reply.status, reply.code().as_str()), (500, "session_damaged"), "{}", reply.text);
+            assert_eq!(reply.header("x-should-retry"), Some("false"));
+            assert!(!reply.text.contains("t/local"), "no keys: {}", reply.text);
+        }
+    }
+    client.ok(COMPLETIONS, json!({"prompt": "!", "state_id": second, "max_tokens": 1})).await;
+    assert_eq!(client.delete("/v1/sessions/torn").await.status, 200);
+    assert_eq!(client.get("/v1/sessions/torn").await.code(), "session_not_found");
+}

@@ -229,6 +229,8 @@ async fn one_turn_at_a_time() {
         assert_eq!((refused.status, refused.code().as_str()), (409, "session_busy"));
         assert_eq!(refused.header("x-should-retry"), Some("false"));
     }
+    let deleted = client.delete("/v1/sessions/busy").await;
+    assert_eq!((deleted.status, deleted.code().as_str()), (409, "session_busy"));
     // Others are not in the way, nor is its state, nor its history.
     client.ok(COMPLETIONS, json!({"prompt": "", "state_id": first.state_id(), "max_tokens": 1})).await;
     client.ok(COMPLETIONS, json!({"prompt": "A", "session_id": "not-busy", "max_tokens": 1})).await;
@@ -283,11 +285,18 @@ async fn a_repeated_turn_is_not_run_again() {
         let streamed = client.call(request).await.text;
         assert!(streamed.contains(&first.state_id()) && streamed.ends_with("data: [DONE]\n\n"), "{streamed}");
         assert_eq!(client.get(&format!("/v1/sessions/{session}")).await.json()["turn"], 2);
-        let other = client.post_with(path, &[("idempotency-key", "k2")], turn).await;
+        let other = client.post_with(path, &[("idempotency-key", "k2")], turn.clone()).await;
         assert_eq!(
             (&other.json()["state"]["turn"], &other.json()["state"]["parent"]),
             (&json!(3), &json!(first.state_id()))
         );
+        // Also when other turns came since; but the key is the request's.
+        assert_eq!(client.post_with(path, &headers, turn.clone()).await.json(), first.json());
+        for (path, new) in [(COMPLETIONS, json!({"prompt": "Other"})), (CHAT, json!({"messages": user("Other")}))] {
+            let turn = with(new, json!({"session_id": session, "max_tokens": 9}));
+            let refused = client.post_with(path, &[("idempotency-key", "k1")], turn).await;
+            assert_eq!((refused.status, refused.error()["param"].as_str()), (400, Some("idempotency-key")));
+        }
     }
 }
 

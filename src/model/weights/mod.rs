@@ -40,6 +40,10 @@ impl Checkpoint {
     /// [`Error::Unreadable`] or [`Error::Format`], with the path and the reason.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let unreadable = |e: std::io::Error| Error::Unreadable { path: path.display().to_string(), why: e.to_string() };
+        // Opening a pipe would wait for somebody to write to it.
+        if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
+            return Err(Error::Format { path: path.display().to_string(), why: "it is not a regular file".into() });
+        }
         let mut magic = [0u8; 4];
         let mut file = std::fs::File::open(path).map_err(unreadable)?;
         if std::io::Read::read_exact(&mut file, &mut magic).is_err() {

@@ -19,7 +19,9 @@ impl Source for Pth {
         match self.tensors.get(name) {
             Ok(Some(tensor)) => Ok(tensor),
             Ok(None) => Err(Error::Unknown(format!("no tensor `{name}`"))),
-            Err(e) => Err(Error::Format { path: self.path.clone(), why: format!("tensor `{name}`: {e}") }),
+            Err(e) => {
+                Err(Error::Format { path: self.path.clone(), why: format!("tensor `{name}`: {}", first_line(&e)) })
+            }
         }
     }
 }
@@ -28,7 +30,7 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint, Error> {
     let shown = path.display().to_string();
     let format = |why: String| Error::Format { path: shown.clone(), why };
     let length = std::fs::metadata(path).map_err(|e| format(e.to_string()))?.len();
-    let tensors = PthTensors::new(path, None).map_err(|e| format(e.to_string()))?;
+    let tensors = PthTensors::new(path, None).map_err(|e| format(first_line(&e)))?;
     let mut infos = BTreeMap::new();
     let mut bytes = 0u64;
     for (name, info) in tensors.tensor_infos() {
@@ -46,4 +48,9 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint, Error> {
         return Err(format("it holds no tensors".into()));
     }
     Ok(Checkpoint::new(infos, Pth { tensors, path: shown.clone() }))
+}
+
+/// What went wrong, without the backtrace that candle writes behind it when the environment asks for one.
+fn first_line(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
