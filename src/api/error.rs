@@ -279,7 +279,7 @@ mod tests {
         let session = SessionId::parse("s").unwrap();
         let mismatch = S::StateModelMismatch { state_model: "a".into(), model: "b".into() };
         let conflict = S::SessionConflict { session: session.clone(), head: state.to_string() };
-        let cases: [(Error, u16, &str, Option<&str>); 16] = [
+        let cases: [(Error, u16, &str, Option<&str>); 17] = [
             (S::ModelNotFound("x".into()).into(), 404, "model_not_found", Some("model")),
             (S::StateNotFound(state.clone()).into(), 404, "state_not_found", Some("state_id")),
             (S::SessionNotFound(session.clone()).into(), 404, "session_not_found", Some("session_id")),
