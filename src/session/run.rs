@@ -145,7 +145,7 @@ impl Sessions {
         let after = head.turn.saturating_sub(REMEMBERED).max(head.first - 1);
         let recent = self.archive.turns(&turn.tenant, &session.id, after, REMEMBERED as usize).await?;
         let recent = recent.into_iter().flat_map(|listed| listed.data);
-        let Some(entry) = recent.filter(|entry| entry.record.idempotency_key.as_ref() == Some(key)).last() else {
+        let Some(entry) = recent.filter(|entry| entry.record.idempotency_key.as_ref() == Some(key)).next_back() else {
             return Ok(None);
         };
         let record = &entry.record;
