@@ -144,8 +144,8 @@ impl Sessions {
         let Some(head) = &session.head.live else { return Ok(None) };
         let after = head.turn.saturating_sub(REMEMBERED).max(head.first - 1);
         let recent = self.archive.turns(&turn.tenant, &session.id, after, REMEMBERED as usize).await?;
-        let recent = recent.into_iter().flat_map(|listed| listed.data);
-        let Some(entry) = recent.filter(|entry| entry.record.idempotency_key.as_ref() == Some(key)).next_back() else {
+        let mut recent = recent.into_iter().flat_map(|listed| listed.data);
+        let Some(entry) = recent.rfind(|entry| entry.record.idempotency_key.as_ref() == Some(key)) else {
             return Ok(None);
         };
         let record = &entry.record;
