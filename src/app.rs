@@ -1,7 +1,9 @@
 //! The composition root: builds every part from the configuration, and runs the server.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +14,7 @@ use tokio::net::TcpListener;
 use crate::api;
 use crate::config::{self, Config, ProfileChoice};
 use crate::engine::{Handle, ModelBackend};
-use crate::model::{self, Checkpoint, LoadOptions, Lora};
+use crate::model::{self, Checkpoint, LoadOptions, Lora, TensorInfo};
 use crate::scheduler::Limits;
 use crate::session::{Model, ModelCard, Sessions};
 use crate::state::{Archive, InMemory, Local, Store};
@@ -138,22 +140,10 @@ fn load_model(
     progress: &dyn Fn(&str, usize, usize),
 ) -> anyhow::Result<Model> {
     let name = config.served_name();
-    let mut checkpoint = match &config.file {
-        Some(file) => Checkpoint::open(file)?,
-        None => Checkpoint::embedded(demo::WEIGHTS)?,
-    };
-    if let Some(lora) = &config.lora {
-        checkpoint = checkpoint.with_lora(Lora::open(lora, config.lora_alpha)?)?;
-    }
-    let state = config.state.as_deref().map(Checkpoint::open).transpose()?;
-    let report = |done, all| progress(&name, done, all);
-    let options = LoadOptions { initial_state: state.as_ref(), progress: &report };
-    let model = model::load(&checkpoint, &options).with_context(|| format!("loading model `{name}`"))?;
+    let opened = open(config, &|done, all| progress(&name, done, all));
+    let Opened { model, text, profile, .. } = opened.with_context(|| format!("loading model `{name}`"))?;
 
     let d = model.description().clone();
-    let text = tokenizer(config, d.vocabulary).with_context(|| format!("the tokenizer of model `{name}`"))?;
-    let profile = profile(config, &*text)?;
-    profile.check()?;
     let seats = engine.seats;
     let backend = ModelBackend::new(model, 2 * seats, threads.clone())?;
     let limits = Limits { seats, queue: engine.queue, budget: engine.budget, busy_budget: engine.busy_budget };
@@ -179,20 +169,69 @@ fn load_model(
     Ok(Model { card, engine, text, profile, seats })
 }
 
-/// The tokenizer: as configured, else from beside the model, else by the size of the vocabulary.
-fn tokenizer(config: &config::Model, vocabulary: usize) -> anyhow::Result<Arc<dyn Tokenizer>> {
-    let beside = config.file.as_ref().map(|f| f.with_file_name("tokenizer.json")).filter(|f| f.exists());
-    let tokenizer = match (config.tokenizer.as_deref(), &config.file, beside) {
-        (Some("world"), ..) => text::world(),
-        (Some("bytes"), ..) => text::bytes(),
-        (Some(file), ..) => tokenizer_file(Path::new(file))?,
-        (None, None, _) => text::from_json(demo::TOKENIZER)?,
-        (None, _, Some(file)) => tokenizer_file(&file)?,
-        (None, ..) if (65_530..=65_536).contains(&vocabulary) => text::world(),
-        (None, ..) if vocabulary == 256 => text::bytes(),
-        (None, ..) => bail!(
-            "none is known for a vocabulary of {vocabulary} ids; give one with --tokenizer (`world`, `bytes`, a tokenizer.json or a vocabulary file)"
-        ),
+/// A model to compute with, and how it speaks.
+pub struct Opened {
+    pub model: model::Model,
+    pub text: Arc<dyn Tokenizer>,
+    pub profile: Profile,
+    /// The container it came in.
+    pub format: &'static str,
+    /// Its tensors, under their original names.
+    pub tensors: BTreeMap<String, TensorInfo>,
+}
+
+/// Loads one model. `progress` hears (tensors loaded, tensors in all).
+pub fn open(config: &config::Model, progress: &dyn Fn(usize, usize)) -> anyhow::Result<Opened> {
+    let checkpoint = checkpoint(config)?;
+    let state = config.state.as_deref().map(Checkpoint::open).transpose()?;
+    let model = model::load(&checkpoint, &LoadOptions { initial_state: state.as_ref(), progress })?;
+    let text = tokenizer(config, &checkpoint, model.description().vocabulary).context("the tokenizer")?;
+    let profile = profile(config, &*text)?;
+    profile.check()?;
+    Ok(Opened { model, text, profile, format: checkpoint.format(), tensors: checkpoint.tensors().clone() })
+}
+
+/// Opens a model's checkpoint, with its LoRA adapter if it has one.
+pub fn checkpoint(config: &config::Model) -> anyhow::Result<Checkpoint> {
+    let checkpoint = match &config.file {
+        Some(file) => Checkpoint::open(file)?,
+        None => Checkpoint::embedded(demo::WEIGHTS)?,
+    };
+    match &config.lora {
+        Some(lora) => Ok(checkpoint.with_lora(Lora::open(lora, config.lora_alpha)?)?),
+        None => Ok(checkpoint),
+    }
+}
+
+/// The tokenizer: as configured, else as the checkpoint says, else from beside it, else by the size of the vocabulary.
+pub fn tokenizer(
+    config: &config::Model,
+    checkpoint: &Checkpoint,
+    vocabulary: usize,
+) -> anyhow::Result<Arc<dyn Tokenizer>> {
+    let beside = |name: &str| {
+        let file = config.file.as_ref()?;
+        let file = if file.is_dir() { file.join(name) } else { file.with_file_name(name) };
+        file.exists().then_some(file)
+    };
+    let tokenizer = match (config.tokenizer.as_deref(), &config.file) {
+        (Some("world"), _) => text::world(),
+        (Some("bytes"), _) => text::bytes(),
+        (Some(file), _) => tokenizer_file(Path::new(file))?,
+        (None, None) => text::from_json(demo::TOKENIZER)?,
+        (None, _) => match (checkpoint.vocabulary()?, beside("tokenizer.json"), beside(PILE_TOKENIZER)) {
+            (Some(literals), ..) => text::from_literals(&literals)?,
+            (_, Some(file), _) => tokenizer_file(&file)?,
+            _ if WORLD_VOCABULARY.contains(&vocabulary) => text::world(),
+            _ if vocabulary == 256 => text::bytes(),
+            (.., Some(file)) if PILE_VOCABULARY.contains(&vocabulary) => tokenizer_file(&file)?,
+            _ if PILE_VOCABULARY.contains(&vocabulary) => bail!(
+                "a vocabulary of {vocabulary} ids is that of GPT-NeoX: put its `{PILE_TOKENIZER}` beside the model, or name it with --tokenizer"
+            ),
+            _ => bail!(
+                "none is known for a vocabulary of {vocabulary} ids; give one with --tokenizer (`world`, `bytes`, a tokenizer.json or a vocabulary file)"
+            ),
+        },
     };
     if tokenizer.vocab_size() > vocabulary {
         let size = tokenizer.vocab_size();
@@ -200,6 +239,12 @@ fn tokenizer(config: &config::Model, vocabulary: usize) -> anyhow::Result<Arc<dy
     }
     Ok(tokenizer)
 }
+
+/// Sizes that models of the World vocabulary have, and those of the Pile, whose head may be padded.
+const WORLD_VOCABULARY: RangeInclusive<usize> = 65_530..=65_536;
+const PILE_VOCABULARY: RangeInclusive<usize> = 50_254..=50_432;
+/// The name under which BlinkDL's repositories carry GPT-NeoX's tokenizer.
+const PILE_TOKENIZER: &str = "20B_tokenizer.json";
 
 fn tokenizer_file(file: &Path) -> anyhow::Result<Arc<dyn Tokenizer>> {
     let bytes = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;

@@ -1,6 +1,11 @@
 //! The command line: one file a command; progress bars live here and nowhere else.
 
+mod checkpoint;
+mod convert;
+mod eval;
 mod health;
+mod inspect;
+mod logits;
 mod serve;
 
 use std::process::ExitCode;
@@ -22,6 +27,14 @@ struct Cli {
 enum Command {
     /// Serve models over HTTP (the default).
     Serve(serve::Args),
+    /// Show what a checkpoint is: generation, sizes, types, tokenizer, template, fingerprint.
+    Inspect(inspect::Args),
+    /// Write the logits after every token of a sequence, and the final state, to a safetensors file.
+    Logits(logits::Args),
+    /// Write a checkpoint in another format or type.
+    Convert(convert::Args),
+    /// Measure perplexity on a text, or accuracy on LAMBADA.
+    Eval(eval::Args),
     /// Ask a running server whether it is alive; the exit status tells.
     Health(health::Args),
 }
@@ -43,6 +56,10 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
         Some(Command::Serve(args)) => serve::run(args),
+        Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Logits(args)) => logits::run(&args),
+        Some(Command::Convert(args)) => convert::run(&args),
+        Some(Command::Eval(args)) => eval::run(&args),
         Some(Command::Health(args)) => health::run(&args),
         None => serve::run(cli.serve),
     };

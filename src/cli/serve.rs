@@ -1,13 +1,12 @@
 //! `rewake serve`.
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args as Arguments;
-use indicatif::{ProgressBar, ProgressStyle};
 use tokio::net::TcpListener;
 
+use super::checkpoint::{progress, show};
 use crate::app::{self, App};
 use crate::config::{Config, Flags};
 use crate::session::ModelCard;
@@ -59,11 +58,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let sessions = app.sessions.clone();
     let loading = config.clone();
     let load = tokio::task::spawn_blocking(move || {
-        let bar = progress();
+        let bar = progress("loading", "tensors");
         let models = app::load_models(&loading, &|name, done, all| {
-            bar.set_length(all as u64);
-            bar.set_position(done as u64);
             bar.set_message(name.to_owned());
+            show(&bar, done, all);
         });
         bar.finish_and_clear();
         models
@@ -85,15 +83,6 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     server.await.context("the server stopped")??;
     tracing::info!("stopped");
     Ok(())
-}
-
-/// A bar on a terminal, nothing elsewhere.
-fn progress() -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("loading {msg} {bar:40} {pos}/{len} tensors {elapsed}");
-    ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 /// What a person who just started the server wants to know.

@@ -240,7 +240,7 @@ pub struct Block {
 /// What a model computes with.
 pub struct Parts {
     /// `[V, C]`, in its stored type; ln0 is applied as tokens are looked up, in f32.
-    pub embedding: Weight,
+    pub embedding: Weight<'static>,
     /// Not in v1 and v2.
     pub ln0: Option<LayerNorm>,
     pub residual: Residual,
@@ -281,8 +281,10 @@ impl Model {
         &self.segments
     }
 
-    /// The state a fresh sequence starts from, where it is not the segments' own `init`.
-    pub(super) fn set_initial(&mut self, initial: Vec<SegmentData>) {
+    /// Says what was read: the weights' fingerprint, and the state a fresh sequence starts from where it is not the
+    /// segments' own `init`.
+    pub(super) fn complete(&mut self, fingerprint: String, initial: Vec<SegmentData>) {
+        self.description.fingerprint = fingerprint;
         self.initial = initial;
     }
 
@@ -380,7 +382,7 @@ impl Model {
 
 struct Embed<'a> {
     ids: &'a [u32],
-    table: &'a Weight,
+    table: &'a Weight<'static>,
     ln0: Option<&'a LayerNorm>,
     width: usize,
 }

@@ -36,7 +36,7 @@ impl Linear {
             Orientation::OutIn => (outputs, inputs),
             Orientation::InOut => (inputs, outputs),
         };
-        Ok(Self::pack(&loader.table(name, rows, cols)?, outputs, inputs, stored))
+        loader.table(name, (rows, cols), |weight| Self::pack(weight, outputs, inputs, stored))
     }
 
     /// The tensors `{name}.weight [outputs, inputs]` and `{name}.bias [outputs]`.
@@ -45,15 +45,20 @@ impl Linear {
         Ok(linear.with_bias(loader.values(&format!("{name}.bias"), &[outputs])?))
     }
 
-    pub fn pack(weight: &Weight, outputs: usize, inputs: usize, stored: Orientation) -> Self {
+    pub fn pack(weight: Weight, outputs: usize, inputs: usize, stored: Orientation) -> Self {
         match stored {
-            Orientation::OutIn => Self::pack_part(weight, outputs, inputs, |o, i| o * inputs + i),
-            Orientation::InOut => Self::pack_part(weight, outputs, inputs, |o, i| i * outputs + o),
+            Orientation::OutIn => Self { weights: Panels::pack_rows(&weight, outputs, inputs), bias: Vec::new() },
+            Orientation::InOut => Self::pack_part(&weight.unblocked(), outputs, inputs, |o, i| i * outputs + o),
         }
     }
 
-    /// A layer that is part of a tensor: `at(output, input)` is the index of a weight.
-    pub fn pack_part(weight: &Weight, outputs: usize, inputs: usize, at: impl Fn(usize, usize) -> usize) -> Self {
+    /// A layer that is part of a tensor of single values: `at(output, input)` is the index of a weight.
+    pub fn pack_part(
+        weight: &Weight,
+        outputs: usize,
+        inputs: usize,
+        at: impl Fn(usize, usize) -> usize + Sync,
+    ) -> Self {
         Self { weights: Panels::pack(weight, outputs, inputs, at), bias: Vec::new() }
     }
 

@@ -35,8 +35,8 @@ impl LowRank {
     ) -> Result<[Self; P], Error> {
         let (_, columns) = loader.matrix_shape(&format!("{name}1"))?;
         let rank = columns / P;
-        let down = loader.weight(&format!("{name}1"), &[width, P * rank])?;
-        let up = loader.weight(&format!("{name}2"), &[P, rank, width])?;
+        let down = loader.weight(&format!("{name}1"), &[width, P * rank])?.unblocked();
+        let up = loader.weight(&format!("{name}2"), &[P, rank, width])?.unblocked();
         Ok(std::array::from_fn(|p| Self {
             down: Linear::pack_part(&down, rank, width, |o, i| i * columns + p * rank + o),
             between,

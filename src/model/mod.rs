@@ -8,6 +8,7 @@
 
 mod block;
 mod channel_mix;
+mod convert;
 mod copy_head;
 mod generation;
 mod kernels;
@@ -26,9 +27,11 @@ mod weights;
 mod workspace;
 
 pub use block::{Description, Model};
+pub use convert::{Conversion, Format};
+pub use kernels::Kind;
 pub use pool::Pool;
 pub use registry::{LoadOptions, load};
-pub use weights::{Checkpoint, Lora};
+pub use weights::{Checkpoint, Lora, TensorInfo};
 
 /// Revision of the arithmetic: raised whenever the same weights and tokens may give other bits than before.
 pub const ARITHMETIC: &str = "cpu-f32-1";
@@ -62,6 +65,10 @@ pub enum Error {
     Context { position: u64, most: usize },
     #[error("a step breaks its contract: {0}")]
     Step(String),
+    #[error("cannot be converted: {0}")]
+    Convert(String),
+    #[error("cannot write: {0}")]
+    Write(#[from] std::io::Error),
     #[error("not enough memory for {slots} states of {bytes} bytes")]
     Memory { slots: usize, bytes: u64 },
     #[error(transparent)]

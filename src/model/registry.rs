@@ -2,6 +2,7 @@
 
 use super::block::{Block, Description, Model, Parts, Sizes};
 use super::generation::Generation;
+use super::kernels::Weight;
 use super::linear::LayerNorm;
 use super::weights::{Checkpoint, Loader};
 use super::{Error, v1, v2, v3, v4, v5, v6, v7};
@@ -39,10 +40,7 @@ impl Default for LoadOptions<'_> {
 /// # Errors
 /// Names the tensor that is missing, misshapen, not finite or not expected.
 pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Error> {
-    let generation = GENERATIONS.iter().find(|g| (g.detect)(checkpoint)).ok_or_else(|| {
-        let known: Vec<_> = GENERATIONS.iter().map(|g| g.name).collect();
-        Error::Unknown(format!("its tensor names are of no known generation ({})", known.join(", ")))
-    })?;
+    let generation = generation(checkpoint)?;
     let sizes = Sizes::of(checkpoint, generation.embedding)?;
     let loader = Loader::new(checkpoint, generation.name, options.progress);
     let description = Description {
@@ -51,21 +49,29 @@ pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Err
         width: sizes.width,
         vocabulary: sizes.vocabulary,
         parameters: checkpoint.parameters(),
-        fingerprint: checkpoint.fingerprint()?,
+        fingerprint: String::new(),
         arithmetic: "",
         state_bytes: 0,
         context: None,
     };
     let mut model = Model::new(description, parts(&loader, generation, &sizes)?);
     let mut initial = time_states(&loader, generation, &model)?;
-    loader.finish()?;
+    let fingerprint = loader.finish()?;
     if let Some(file) = options.initial_state {
         let loader = Loader::new(file, generation.name, &|_, _| {});
         initial = time_states(&loader, generation, &model)?;
         loader.finish()?;
     }
-    model.set_initial(initial);
+    model.complete(fingerprint, initial);
     Ok(model)
+}
+
+/// The generation of a checkpoint, by its tensors.
+pub fn generation(checkpoint: &Checkpoint) -> Result<&'static Generation, Error> {
+    GENERATIONS.iter().find(|g| (g.detect)(checkpoint)).ok_or_else(|| {
+        let known: Vec<_> = GENERATIONS.iter().map(|g| g.name).collect();
+        Error::Unknown(format!("its tensor names are of no known generation ({})", known.join(", ")))
+    })
 }
 
 /// Reads the skeleton's tensors, and through `generation` the mixers and the head.
@@ -76,7 +82,7 @@ fn parts(loader: &Loader, generation: &Generation, sizes: &Sizes) -> Result<Part
         Ok(Block { ln1: norm("ln1")?, mixer1, ln2: norm("ln2")?, mixer2 })
     };
     Ok(Parts {
-        embedding: loader.table(generation.embedding, sizes.vocabulary, sizes.width)?,
+        embedding: loader.table(generation.embedding, (sizes.vocabulary, sizes.width), Weight::into_owned)?,
         ln0: generation.ln0.then(|| LayerNorm::load(loader, "blocks.0.ln0", sizes.width)).transpose()?,
         residual: generation.residual,
         blocks: (0..sizes.layers).map(block).collect::<Result<_, Error>>()?,

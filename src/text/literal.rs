@@ -10,9 +10,14 @@ pub(super) fn parse(literal: &str) -> Result<Vec<u8>, &'static str> {
         None => (false, literal),
     };
     let quote = quoted.chars().next().filter(|c| matches!(c, '\'' | '"')).ok_or("the literal has no quotes")?;
-    let mut rest = quoted[1..].strip_suffix(quote).ok_or("the literal does not end with the quote it begins with")?;
+    let inner = quoted[1..].strip_suffix(quote).ok_or("the literal does not end with the quote it begins with")?;
+    unescape(inner, is_bytes, Some(quote))
+}
+
+/// The bytes of what stands between the quotes of a literal, in which `quote` must not stand by itself.
+pub(super) fn unescape(mut rest: &str, is_bytes: bool, quote: Option<char>) -> Result<Vec<u8>, &'static str> {
     let mut bytes = Vec::with_capacity(rest.len());
-    while let Some(at) = rest.find(['\\', quote]) {
+    while let Some(at) = rest.find(|c| c == '\\' || Some(c) == quote) {
         let (plain, special) = rest.split_at(at);
         push_plain(&mut bytes, plain, is_bytes)?;
         rest = special.strip_prefix('\\').ok_or("an unescaped quote inside the literal")?;
@@ -20,6 +25,22 @@ pub(super) fn parse(literal: &str) -> Result<Vec<u8>, &'static str> {
     }
     push_plain(&mut bytes, rest, is_bytes)?;
     Ok(bytes)
+}
+
+/// The inside of a bytes literal, as `repr` writes it; a quote stands as it is.
+pub(super) fn escape_bytes(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for &byte in bytes {
+        match byte {
+            b'\\' => text += r"\\",
+            b'\n' => text += r"\n",
+            b'\r' => text += r"\r",
+            b'\t' => text += r"\t",
+            0x20..=0x7e => text.push(byte as char),
+            _ => text += &format!("\\x{byte:02x}"),
+        }
+    }
+    text
 }
 
 fn push_plain(bytes: &mut Vec<u8>, plain: &str, is_bytes: bool) -> Result<(), &'static str> {
@@ -135,15 +156,9 @@ mod tests {
     proptest! {
         #[test]
         fn bytes_survive_being_written(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
-            let mut literal = String::from("b\"");
-            for &byte in &bytes {
-                match byte {
-                    b'"' | b'\\' => literal.extend(['\\', byte as char]),
-                    0x20..=0x7e => literal.push(byte as char),
-                    _ => literal += &format!("\\x{byte:02x}"),
-                }
-            }
-            literal.push('"');
+            let inside = escape_bytes(&bytes);
+            prop_assert_eq!(&unescape(&inside, true, None), &Ok(bytes.clone()));
+            let literal = format!("b'{}'", inside.replace('\'', r"\'"));
             prop_assert_eq!(parse(&literal), Ok(bytes));
         }
 

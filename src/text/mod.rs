@@ -50,6 +50,16 @@ pub fn from_vocabulary(text: &[u8]) -> Result<Arc<dyn Tokenizer>, Error> {
     Ok(Arc::new(World::read(text)?))
 }
 
+/// The vocabulary that a GGUF file holds: for each id the inside of a Python bytes literal, empty where it has no text.
+pub fn from_literals(literals: &[Vec<u8>]) -> Result<Arc<dyn Tokenizer>, Error> {
+    Ok(Arc::new(World::from_literals(literals)?))
+}
+
+/// The inside of a Python bytes literal of these bytes, as [`from_literals`] reads it.
+pub fn to_literal(bytes: &[u8]) -> Vec<u8> {
+    literal::escape_bytes(bytes).into_bytes()
+}
+
 /// The beginning of a word from a file, as it may be shown in an error.
 fn excerpt(word: &str) -> String {
     const LONGEST: usize = 40;

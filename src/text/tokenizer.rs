@@ -26,6 +26,11 @@ pub trait Tokenizer: Send + Sync {
     /// What kind of vocabulary it is, for people.
     fn name(&self) -> &str;
 
+    /// Whether text takes, from left to right, the longest token that fits, so that the tokens alone say all.
+    fn is_greedy(&self) -> bool {
+        false
+    }
+
     /// The bytes of many tokens; they need not be UTF-8.
     fn decode(&self, ids: &[u32]) -> Vec<u8> {
         ids.iter().flat_map(|&id| self.token_bytes(id)).copied().collect()
@@ -54,6 +59,9 @@ impl Tokenizer for Bytes {
     }
     fn name(&self) -> &str {
         "bytes"
+    }
+    fn is_greedy(&self) -> bool {
+        true
     }
 }
 

@@ -64,12 +64,32 @@ impl World {
             }
             tokens[id] = token;
         }
+        World::distinct(&tokens, "vocabulary")
+    }
+
+    /// The vocabulary in a GGUF file: the inside of a Python bytes literal for each id, empty for ids without text.
+    pub(super) fn from_literals(literals: &[Vec<u8>]) -> Result<World, Error> {
+        let read = |(id, literal): (usize, &Vec<u8>)| {
+            let wrong = |reason: &str| Error::Vocabulary(format!("token {id}: {reason}"));
+            let text = std::str::from_utf8(literal).map_err(|_| wrong("it is not UTF-8"))?;
+            let token = literal::unescape(text, true, None).map_err(wrong)?;
+            if token.len() > LONGEST {
+                return Err(wrong(&format!("it has {} bytes, more than {LONGEST}", token.len())));
+            }
+            Ok(token)
+        };
+        let tokens = literals.iter().enumerate().map(read).collect::<Result<Vec<_>, Error>>()?;
+        World::distinct(&tokens, "world")
+    }
+
+    /// As [`World::new`], where no two ids may be the same token.
+    fn distinct(tokens: &[Vec<u8>], name: &'static str) -> Result<World, Error> {
         let mut by_bytes: Vec<usize> = (0..tokens.len()).filter(|&id| !tokens[id].is_empty()).collect();
         by_bytes.sort_by_key(|&id| &tokens[id]);
         if let Some(twins) = by_bytes.windows(2).find(|pair| tokens[pair[0]] == tokens[pair[1]]) {
             return Err(Error::Vocabulary(format!("ids {} and {} are the same token", twins[0], twins[1])));
         }
-        World::new(&tokens, "vocabulary")
+        World::new(tokens, name)
     }
 
     /// `tokens` by id; ids without text are empty.
@@ -135,6 +155,9 @@ impl Tokenizer for World {
     }
     fn name(&self) -> &str {
         self.name
+    }
+    fn is_greedy(&self) -> bool {
+        true
     }
 }
 

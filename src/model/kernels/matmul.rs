@@ -2,11 +2,18 @@
 //!
 //! A panel holds [`PANEL`] outputs: for each input, in order, that many weights side by side. One output element is one
 //! accumulator that walks the inputs from first to last, whatever the number of rows, so a row's result never depends on
-//! the rows beside it.
+//! the rows beside it. Weights in ggml's blocks are unpacked to f32 a block of inputs at a time and then go the same
+//! way, so that they compute exactly what their f32 values would.
 
-use super::weight::Stored;
-use super::{Arith, Shared, Weight, parallel};
+use std::cell::RefCell;
+
 use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::blocks;
+use super::kind::Kind;
+use super::weight::Stored;
+use super::{Arith, Shared, Weight, kernel, parallel};
 
 /// Outputs side by side in a panel.
 const PANEL: usize = 32;
@@ -18,19 +25,51 @@ const ROWS: usize = 3;
 pub struct Panels {
     inputs: usize,
     outputs: usize,
-    /// `[⌈outputs / PANEL⌉, inputs, PANEL]`, zero where the last panel is not full.
-    data: Weight,
+    data: Data,
+}
+
+/// `[⌈outputs / PANEL⌉, inputs, PANEL]` values, or `[⌈outputs / PANEL⌉, inputs / block, PANEL]` blocks; zero where the
+/// last panel is not full.
+#[derive(Debug)]
+enum Data {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+    Blocks(Kind, Vec<u8>),
 }
 
 impl Panels {
     /// Packs `source`, where `at(output, input)` is the index of a weight.
-    pub fn pack(source: &Weight, outputs: usize, inputs: usize, at: impl Fn(usize, usize) -> usize) -> Self {
-        let data = match source {
-            Weight::F32(v) => Weight::F32(pack(v, outputs, inputs, at)),
-            Weight::F16(v) => Weight::F16(pack(v, outputs, inputs, at)),
-            Weight::BF16(v) => Weight::BF16(pack(v, outputs, inputs, at)),
+    ///
+    /// # Panics
+    /// If the source is in blocks, whose values stand in rows: see [`Panels::pack_rows`].
+    pub fn pack(source: &Weight, outputs: usize, inputs: usize, at: impl Fn(usize, usize) -> usize + Sync) -> Self {
+        let data = match source.kind() {
+            Kind::F32 => Data::F32(pack(source, outputs, inputs, at)),
+            Kind::F16 => Data::F16(pack(source, outputs, inputs, at)),
+            Kind::BF16 => Data::BF16(pack(source, outputs, inputs, at)),
+            kind => panic!("{kind} can only be packed in rows"),
         };
         Self { inputs, outputs, data }
+    }
+
+    /// Packs `source [outputs, inputs]`, of any kind.
+    pub fn pack_rows(source: &Weight, outputs: usize, inputs: usize) -> Self {
+        let kind = source.kind();
+        if kind.block() == 1 {
+            return Self::pack(source, outputs, inputs, |o, i| o * inputs + i);
+        }
+        let (size, blocks) = (kind.block_bytes(), inputs / kind.block());
+        let mut data = vec![0; outputs.div_ceil(PANEL) * blocks * PANEL * size];
+        data.par_chunks_exact_mut((blocks * PANEL * size).max(1)).enumerate().for_each(|(panel, data)| {
+            for (n, to) in data.chunks_exact_mut(size).enumerate() {
+                let (block, output) = (n / PANEL, panel * PANEL + n % PANEL);
+                if output < outputs {
+                    to.copy_from_slice(&source.bytes()[(output * blocks + block) * size..][..size]);
+                }
+            }
+        });
+        Self { inputs, outputs, data: Data::Blocks(kind, data) }
     }
 
     pub fn outputs(&self) -> usize {
@@ -42,16 +81,22 @@ impl Panels {
     }
 }
 
-fn pack<T: Stored>(source: &[T], outputs: usize, inputs: usize, at: impl Fn(usize, usize) -> usize) -> Vec<T> {
-    let panels = outputs.div_ceil(PANEL);
-    let mut data = Vec::with_capacity(panels * inputs * PANEL);
-    for panel in 0..panels {
-        for input in 0..inputs {
-            for output in panel * PANEL..(panel + 1) * PANEL {
-                data.push(if output < outputs { source[at(output, input)] } else { T::zero() });
+fn pack<T: Stored>(
+    source: &Weight,
+    outputs: usize,
+    inputs: usize,
+    at: impl Fn(usize, usize) -> usize + Sync,
+) -> Vec<T> {
+    let values = source.bytes();
+    let mut data = vec![T::zero(); outputs.div_ceil(PANEL) * inputs * PANEL];
+    data.par_chunks_exact_mut((inputs * PANEL).max(1)).enumerate().for_each(|(panel, data)| {
+        for (input, data) in data.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+            let outputs = panel * PANEL..outputs.min((panel + 1) * PANEL);
+            for (to, output) in data.iter_mut().zip(outputs) {
+                *to = T::from_le(&values[at(output, input) * T::BYTES..][..T::BYTES]);
             }
         }
-    }
+    });
     data
 }
 
@@ -61,9 +106,10 @@ pub fn matmul(w: &Panels, x: &[f32], out: &mut [f32]) {
     assert_eq!(x.len(), rows * w.inputs, "x holds whole rows");
     assert_eq!(out.len(), rows * w.outputs, "one output row for each row of x");
     match &w.data {
-        Weight::F32(data) => run(w, data, x, out),
-        Weight::F16(data) => run::<f16>(w, data, x, out),
-        Weight::BF16(data) => run::<bf16>(w, data, x, out),
+        Data::F32(data) => run(w, data, x, out),
+        Data::F16(data) => run(w, data, x, out),
+        Data::BF16(data) => run(w, data, x, out),
+        Data::Blocks(kind, data) => run_blocks(w, *kind, data, x, out),
     }
 }
 
@@ -75,63 +121,129 @@ fn run<T: Stored>(w: &Panels, data: &[T], x: &[f32], out: &mut [f32]) {
         let weights = &data[panel * size..][..size];
         let first = panel * PANEL;
         let width = PANEL.min(w.outputs - first);
-        let mut row = 0;
-        while row < rows {
-            let x = &x[row * w.inputs..];
-            let mut acc = [[0f32; PANEL]; ROWS];
-            let count = match rows - row {
-                1 => tile::<T, 1>(weights, w.inputs, x, &mut acc),
-                2 => tile::<T, 2>(weights, w.inputs, x, &mut acc),
-                _ => tile::<T, 3>(weights, w.inputs, x, &mut acc),
-            };
-            for (r, acc) in acc[..count].iter().enumerate() {
+        for row in (0..rows).step_by(ROWS) {
+            let mut sums = [[0f32; PANEL]; ROWS];
+            let sums = &mut sums[..ROWS.min(rows - row)];
+            tile(weights, &x[row * w.inputs..], w.inputs, sums);
+            for (r, sums) in sums.iter().enumerate() {
                 // SAFETY: each (row, panel) pair is written by one task only.
                 let out = unsafe { shared.part((row + r) * w.outputs + first, width) };
-                out.copy_from_slice(&acc[..width]);
+                out.copy_from_slice(&sums[..width]);
             }
-            row += count;
         }
     });
 }
 
-/// `R` rows times one panel; returns `R`.
-#[inline]
-fn tile<T: Stored, const R: usize>(panel: &[T], inputs: usize, x: &[f32], acc: &mut [[f32; PANEL]; ROWS]) -> usize {
-    assert!(panel.len() == inputs * PANEL && x.len() >= R * inputs && R <= ROWS);
-    #[cfg(target_arch = "x86_64")]
-    if super::fused() {
-        // SAFETY: the processor has the features; the assertion above gives the bounds.
-        unsafe { tile_avx2::<T, R>(panel, inputs, x, acc) };
-        return R;
-    }
-    for (input, weights) in panel.as_chunks::<PANEL>().0.iter().enumerate() {
-        let weights = weights.map(T::to_f32);
-        for r in 0..R {
-            let x = x[r * inputs + input];
-            for (acc, w) in acc[r].iter_mut().zip(weights) {
-                *acc = super::Plain::fma(x, w, *acc);
+/// Buffers of a thread that unpacks blocks.
+#[derive(Default)]
+struct Unpacked {
+    /// `[PANEL, block]`.
+    rows: Vec<f32>,
+    /// `[block, PANEL]`.
+    panel: Vec<f32>,
+    /// `[rows of x, PANEL]`.
+    sums: Vec<[f32; PANEL]>,
+}
+
+thread_local! {
+    static UNPACKED: RefCell<Unpacked> = RefCell::default();
+}
+
+fn run_blocks(w: &Panels, kind: Kind, data: &[u8], x: &[f32], out: &mut [f32]) {
+    let rows = x.len() / w.inputs;
+    let shared = Shared::new(out);
+    let (block, size) = (kind.block(), PANEL * kind.block_bytes());
+    let blocks = w.inputs / block;
+    parallel(w.outputs.div_ceil(PANEL), rows * w.inputs * w.outputs, |panel| {
+        UNPACKED.with_borrow_mut(|Unpacked { rows: unpacked, panel: weights, sums }| {
+            unpacked.resize(PANEL * block, 0.0);
+            weights.resize(PANEL * block, 0.0);
+            sums.clear();
+            sums.resize(rows, [0.0; PANEL]);
+            for (n, stored) in data[panel * blocks * size..][..blocks * size].chunks_exact(size).enumerate() {
+                unpack(kind, stored, unpacked, weights);
+                for (r, sums) in sums.chunks_mut(ROWS).enumerate() {
+                    tile(weights.as_slice(), &x[r * ROWS * w.inputs + n * block..], w.inputs, sums);
+                }
+            }
+            let first = panel * PANEL;
+            let width = PANEL.min(w.outputs - first);
+            for (row, sums) in sums.iter().enumerate() {
+                // SAFETY: each (row, panel) pair is written by one task only.
+                unsafe { shared.part(row * w.outputs + first, width) }.copy_from_slice(&sums[..width]);
+            }
+        });
+    });
+}
+
+kernel! {
+    /// A block of each output of a panel → their values: `rows [PANEL, block]`, and `panel [block, PANEL]`.
+    fn unpack(kind: Kind, stored: &[u8], rows: &mut [f32], panel: &mut [f32]) {
+        blocks::unpack(kind, stored, rows);
+        let block = kind.block();
+        for (i, panel) in panel.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+            for (o, to) in panel.iter_mut().enumerate() {
+                *to = rows[o * block + i];
             }
         }
     }
-    R
+}
+
+/// Adds to `sums`, of one to [`ROWS`] rows, what those rows of `x`, `stride` apart, times a panel are.
+#[inline]
+fn tile<T: Stored>(panel: &[T], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
+    match sums.len() {
+        1 => tile_of::<T, 1>(panel, x, stride, sums),
+        2 => tile_of::<T, 2>(panel, x, stride, sums),
+        _ => tile_of::<T, ROWS>(panel, x, stride, sums),
+    }
+}
+
+#[inline]
+fn tile_of<T: Stored, const R: usize>(panel: &[T], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
+    let inputs = panel.len() / PANEL;
+    assert!(sums.len() == R && panel.len() == inputs * PANEL && x.len() >= (R - 1) * stride + inputs);
+    #[cfg(target_arch = "x86_64")]
+    if super::fused() {
+        // SAFETY: the processor has the features; the assertion above gives the bounds.
+        return unsafe { tile_avx2::<T, R>(panel, x, stride, sums) };
+    }
+    for (input, weights) in panel.as_chunks::<PANEL>().0.iter().enumerate() {
+        let weights = weights.map(T::to_f32);
+        for (r, sums) in sums.iter_mut().enumerate() {
+            let x = x[r * stride + input];
+            for (sum, w) in sums.iter_mut().zip(weights) {
+                *sum = super::Plain::fma(x, w, *sum);
+            }
+        }
+    }
 }
 
 /// # Safety
-/// AVX2, FMA and F16C; `panel` holds `inputs × PANEL` weights and `x` at least `R × inputs` values.
+/// AVX2, FMA and F16C; `panel` holds whole inputs of PANEL weights, `sums` R rows, and each of R rows of `x`, `stride`
+/// apart, as many values as there are inputs.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 #[allow(clippy::needless_range_loop, reason = "rows and vectors index several arrays at once")]
-unsafe fn tile_avx2<T: Stored, const R: usize>(panel: &[T], inputs: usize, x: &[f32], acc: &mut [[f32; PANEL]; ROWS]) {
-    use std::arch::x86_64::{_mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_setzero_ps, _mm256_storeu_ps};
+unsafe fn tile_avx2<T: Stored, const R: usize>(panel: &[T], x: &[f32], stride: usize, out: &mut [[f32; PANEL]]) {
+    use std::arch::x86_64::{
+        _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps,
+    };
     const VECTORS: usize = PANEL / 8;
     let mut sums = [[_mm256_setzero_ps(); VECTORS]; R];
+    for r in 0..R {
+        for v in 0..VECTORS {
+            // SAFETY: eight floats from 8 v are inside the row of PANEL.
+            sums[r][v] = unsafe { _mm256_loadu_ps(out[r].as_ptr().add(8 * v)) };
+        }
+    }
     let (mut w, x) = (panel.as_ptr(), x.as_ptr());
-    for input in 0..inputs {
-        // SAFETY: `w` walks over the panel PANEL weights at a time, `inputs` times; x has R rows of `inputs`.
+    for input in 0..panel.len() / PANEL {
+        // SAFETY: `w` walks over the panel PANEL weights at a time; each row of x has a value for every input.
         unsafe {
             let weights: [_; VECTORS] = [T::load8(w), T::load8(w.add(8)), T::load8(w.add(16)), T::load8(w.add(24))];
             for r in 0..R {
-                let x = _mm256_broadcast_ss(&*x.add(r * inputs + input));
+                let x = _mm256_broadcast_ss(&*x.add(r * stride + input));
                 for v in 0..VECTORS {
                     sums[r][v] = _mm256_fmadd_ps(x, weights[v], sums[r][v]);
                 }
@@ -141,8 +253,8 @@ unsafe fn tile_avx2<T: Stored, const R: usize>(panel: &[T], inputs: usize, x: &[
     }
     for r in 0..R {
         for v in 0..VECTORS {
-            // SAFETY: eight floats from 8 v are inside the row of PANEL.
-            unsafe { _mm256_storeu_ps(acc[r].as_mut_ptr().add(8 * v), sums[r][v]) };
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_ps(out[r].as_mut_ptr().add(8 * v), sums[r][v]) };
         }
     }
 }
@@ -162,12 +274,36 @@ mod tests {
         (0..n).map(|_| next()).collect()
     }
 
-    fn weights(kind: usize, n: usize, seed: u32) -> Weight {
+    /// Random weights of a kind; what blocks hold is random bytes with scales that are sane.
+    fn weights(kind: Kind, shape: [usize; 2], seed: u32) -> Weight<'static> {
+        let n = shape[0] * shape[1];
         let v = values(n, seed);
-        match kind {
-            0 => Weight::F32(v),
-            1 => Weight::F16(v.into_iter().map(f16::from_f32).collect()),
-            _ => Weight::BF16(v.into_iter().map(bf16::from_f32).collect()),
+        let bytes: Vec<u8> = match kind {
+            Kind::F32 => v.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Kind::F16 => v.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+            Kind::BF16 => v.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+            kind => {
+                let random = values(kind.bytes(n).expect("whole blocks"), seed ^ 9);
+                let mut bytes: Vec<u8> = random.iter().map(|v| (v * 127.0) as i8 as u8).collect();
+                blocks::set_scales(kind, &mut bytes, f16::from_f32(0.01));
+                bytes
+            }
+        };
+        Weight::new(kind, &shape, bytes).expect("as many bytes as the shape has")
+    }
+
+    fn check(w: &Panels, values: impl Fn(usize, usize) -> f32, x: &[f32]) {
+        let (inputs, outputs) = (w.inputs(), w.outputs());
+        let mut out = vec![f32::NAN; x.len() / inputs * outputs];
+        matmul(w, x, &mut out);
+        for (x, out) in x.chunks_exact(inputs).zip(out.chunks_exact(outputs)) {
+            for (o, got) in out.iter().enumerate() {
+                let exact: f64 = (0..inputs).map(|i| f64::from(x[i]) * f64::from(values(o, i))).sum();
+                assert!((f64::from(*got) - exact).abs() < 1e-5 * inputs as f64, "{got}, not {exact}");
+            }
+            let mut alone = vec![f32::NAN; outputs];
+            matmul(w, x, &mut alone);
+            assert_eq!(alone, out, "a row alone");
         }
     }
 
@@ -178,32 +314,42 @@ mod tests {
         fn equals_an_f64_reference_and_no_row_depends_on_another(
             kind in 0usize..3, rows in 1usize..9, inputs in 1usize..70, outputs in 1usize..100, in_out: bool, seed: u32,
         ) {
-            let source = weights(kind, inputs * outputs, seed);
-            let x = values(rows * inputs, seed ^ 77);
+            let shape = if in_out { [inputs, outputs] } else { [outputs, inputs] };
+            let source = weights(Kind::ALL[kind], shape, seed);
+            let all = source.to_f32();
             let at = |o: usize, i: usize| if in_out { i * outputs + o } else { o * inputs + i };
             let w = Panels::pack(&source, outputs, inputs, at);
-            let mut out = vec![f32::NAN; rows * outputs];
-            matmul(&w, &x, &mut out);
-            for r in 0..rows {
-                for o in 0..outputs {
-                    let exact: f64 =
-                        (0..inputs).map(|i| f64::from(x[r * inputs + i]) * f64::from(source.get(at(o, i)))).sum();
-                    prop_assert!((f64::from(out[r * outputs + o]) - exact).abs() < 1e-5 * inputs as f64);
-                }
-                let mut alone = vec![f32::NAN; outputs];
-                matmul(&w, &x[r * inputs..(r + 1) * inputs], &mut alone);
-                prop_assert_eq!(&alone[..], &out[r * outputs..(r + 1) * outputs]);
-            }
+            check(&w, |o, i| all[at(o, i)], &values(rows * inputs, seed ^ 77));
+        }
+
+        #[test]
+        fn blocks_compute_what_their_values_would(
+            kind in 3usize..Kind::ALL.len(), rows in 1usize..9, blocks in 1usize..3, outputs in 1usize..70, seed: u32,
+        ) {
+            let kind = Kind::ALL[kind];
+            let inputs = blocks * kind.block();
+            let source = weights(kind, [outputs, inputs], seed);
+            let all = source.to_f32();
+            let w = Panels::pack_rows(&source, outputs, inputs);
+            let x = values(rows * inputs, seed ^ 77);
+            check(&w, |o, i| all[o * inputs + i], &x);
+            let plain = Panels::pack_rows(&source.unblocked(), outputs, inputs);
+            let run = |w| {
+                let mut out = vec![f32::NAN; rows * outputs];
+                matmul(w, &x, &mut out);
+                out
+            };
+            prop_assert_eq!(run(&w), run(&plain));
         }
 
         #[test]
         fn the_portable_tile_is_close_to_the_fast_one(inputs in 1usize..200, seed: u32) {
-            let source = weights(1, inputs * PANEL, seed);
-            let Weight::F16(panel) = &source else { unreachable!() };
+            let source = weights(Kind::F16, [inputs, PANEL], seed);
+            let panel: Vec<f16> = source.bytes().chunks_exact(2).map(f16::from_le).collect();
             let x = values(inputs, seed ^ 5);
-            let mut acc = [[0f32; PANEL]; ROWS];
-            tile::<f16, 1>(panel, inputs, &x, &mut acc);
-            for (o, got) in acc[0].iter().enumerate() {
+            let mut sums = [[0f32; PANEL]];
+            tile(&panel, &x, inputs, &mut sums);
+            for (o, got) in sums[0].iter().enumerate() {
                 let mut sum = 0f32;
                 for i in 0..inputs {
                     sum = super::super::Plain::fma(x[i], panel[i * PANEL + o].to_f32(), sum);
@@ -215,16 +361,18 @@ mod tests {
 
     #[test]
     fn threads_do_not_change_a_bit() {
-        let (inputs, outputs, rows) = (257, 1000, 5);
-        let w = Panels::pack(&weights(1, inputs * outputs, 3), outputs, inputs, |o, i| o * inputs + i);
+        let (inputs, outputs, rows) = (256, 1000, 5);
         let x = values(rows * inputs, 4);
-        let run = |threads| {
-            let mut out = vec![0f32; rows * outputs];
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
-            pool.install(|| matmul(&w, &x, &mut out));
-            out
-        };
-        assert_eq!(run(1), run(2));
-        assert_eq!(run(1), run(7));
+        for kind in [Kind::F16, Kind::Q8_0] {
+            let w = Panels::pack_rows(&weights(kind, [outputs, inputs], 3), outputs, inputs);
+            let run = |threads| {
+                let mut out = vec![0f32; rows * outputs];
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
+                pool.install(|| matmul(&w, &x, &mut out));
+                out
+            };
+            assert_eq!(run(1), run(2));
+            assert_eq!(run(1), run(7));
+        }
     }
 }

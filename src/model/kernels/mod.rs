@@ -4,8 +4,10 @@
 //! processor has them, and for the target's baseline. Within one of the two, no result depends on how many rows, rows of
 //! which sequences, or how many threads a call is for.
 
+mod blocks;
 mod copy;
 mod elementwise;
+mod kind;
 mod matmul;
 mod norm;
 mod weight;
@@ -15,8 +17,10 @@ mod wkv4;
 mod wkv5;
 mod wkv7;
 
+pub use blocks::scale;
 pub use copy::copy;
 pub use elementwise::{Activation, activate, add, multiply, token_shift, token_shift_added};
+pub use kind::Kind;
 pub use matmul::{Panels, matmul};
 pub use norm::layer_norm;
 pub use weight::Weight;

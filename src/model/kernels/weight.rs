@@ -1,20 +1,28 @@
 //! Weights in the type they are stored in.
 
-use candle_core::{CpuStorage, Storage, Tensor};
-use half::{bf16, f16};
+use std::borrow::Cow;
 
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::blocks;
+use super::kind::Kind;
 use crate::model::Error;
 
-/// The values of one weight tensor, row-major, in its stored type.
-#[derive(Clone, Debug)]
-pub enum Weight {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    BF16(Vec<bf16>),
+/// The values of one weight tensor, row-major, in their stored type.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Weight<'a> {
+    kind: Kind,
+    shape: Vec<usize>,
+    bytes: Cow<'a, [u8]>,
 }
 
-/// A storage type of weights.
+/// A storage type of single values.
 pub trait Stored: Copy + Send + Sync + 'static {
+    /// Bytes of a value.
+    const BYTES: usize;
+    /// The value of so many little-endian bytes.
+    fn from_le(bytes: &[u8]) -> Self;
     fn to_f32(self) -> f32;
     fn zero() -> Self;
 
@@ -27,6 +35,11 @@ pub trait Stored: Copy + Send + Sync + 'static {
 }
 
 impl Stored for f32 {
+    const BYTES: usize = 4;
+    #[inline(always)]
+    fn from_le(bytes: &[u8]) -> Self {
+        f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+    }
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
@@ -44,9 +57,14 @@ impl Stored for f32 {
 }
 
 impl Stored for f16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    fn from_le(bytes: &[u8]) -> Self {
+        f16::from_le_bytes([bytes[0], bytes[1]])
+    }
     #[inline(always)]
     fn to_f32(self) -> f32 {
-        f16::to_f32(self)
+        blocks::from_f16(self.to_le_bytes())
     }
     fn zero() -> Self {
         f16::ZERO
@@ -62,6 +80,11 @@ impl Stored for f16 {
 }
 
 impl Stored for bf16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    fn from_le(bytes: &[u8]) -> Self {
+        bf16::from_le_bytes([bytes[0], bytes[1]])
+    }
     #[inline(always)]
     fn to_f32(self) -> f32 {
         bf16::to_f32(self)
@@ -79,73 +102,157 @@ impl Stored for bf16 {
     }
 }
 
-impl Weight {
-    /// Copies a CPU tensor's values, whatever its layout.
-    pub fn from_tensor(tensor: &Tensor) -> Result<Self, Error> {
-        let tensor = tensor.contiguous()?;
-        let (storage, layout) = tensor.storage_and_layout();
-        let range = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
-        match &*storage {
-            Storage::Cpu(CpuStorage::F32(v)) => Ok(Self::F32(v[range].to_vec())),
-            Storage::Cpu(CpuStorage::F16(v)) => Ok(Self::F16(v[range].to_vec())),
-            Storage::Cpu(CpuStorage::BF16(v)) => Ok(Self::BF16(v[range].to_vec())),
-            _ => Err(Error::Type { name: String::new(), found: format!("{:?}", tensor.dtype()) }),
-        }
+/// Elements that are unpacked at a time: whole blocks of every kind.
+const CHUNK: usize = 1024;
+/// Elements that are hashed together, as one leaf.
+const LEAF: usize = 1 << 20;
+
+impl<'a> Weight<'a> {
+    /// A tensor of `shape` whose values are `bytes`; `None` unless there are exactly as many.
+    pub fn new(kind: Kind, shape: &[usize], bytes: impl Into<Cow<'a, [u8]>>) -> Option<Self> {
+        let bytes = bytes.into();
+        (kind.tensor_bytes(shape)? == bytes.len()).then(|| Self { kind, shape: shape.to_vec(), bytes })
     }
 
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Number of values.
     pub fn len(&self) -> usize {
-        match self {
-            Self::F32(v) => v.len(),
-            Self::F16(v) => v.len(),
-            Self::BF16(v) => v.len(),
-        }
+        self.shape.iter().product()
     }
 
-    pub fn get(&self, at: usize) -> f32 {
-        match self {
-            Self::F32(v) => v[at],
-            Self::F16(v) => v[at].to_f32(),
-            Self::BF16(v) => v[at].to_f32(),
-        }
+    pub fn into_owned(self) -> Weight<'static> {
+        Weight { bytes: Cow::Owned(self.bytes.into_owned()), ..self }
     }
 
+    /// The same values in another shape; `None` if that has another number of them, or cuts a block.
+    pub fn reshaped(self, shape: &[usize]) -> Option<Self> {
+        Self::new(self.kind, shape, self.bytes)
+    }
+
+    /// The values as f32.
     pub fn to_f32(&self) -> Vec<f32> {
-        (0..self.len()).map(|i| self.get(i)).collect()
+        let mut values = vec![0f32; self.len()];
+        self.unpack(0, &mut values);
+        values
     }
 
-    pub fn check_finite(&self, name: &str) -> Result<(), Error> {
-        match (0..self.len()).find(|&i| !self.get(i).is_finite()) {
-            Some(at) => Err(Error::NotFinite { name: name.into(), at, value: self.get(at) }),
-            None => Ok(()),
-        }
-    }
-
-    /// Feeds the values' little-endian bytes to `hash`.
-    pub fn hash(&self, hash: &mut blake3::Hasher) {
-        match self {
-            Self::F32(v) => v.chunks(512).for_each(|c| {
-                hash.update(&bytes(c, |x| x.to_le_bytes()));
-            }),
-            Self::F16(v) => v.chunks(512).for_each(|c| {
-                hash.update(&bytes(c, |x| x.to_le_bytes()));
-            }),
-            Self::BF16(v) => v.chunks(512).for_each(|c| {
-                hash.update(&bytes(c, |x| x.to_le_bytes()));
-            }),
-        }
+    /// The same in f32 where values are stored in blocks, which only whole rows can be taken out of.
+    pub fn unblocked(self) -> Self {
+        if self.kind.block() == 1 { self } else { Weight::from_f32(&self.shape, &self.to_f32()) }
     }
 
     /// Row `row` of a matrix with `out.len()` columns, as f32.
     pub fn row(&self, row: usize, out: &mut [f32]) {
-        let width = out.len();
-        match self {
-            Self::F32(v) => out.copy_from_slice(&v[row * width..][..width]),
-            Self::F16(v) => out.iter_mut().zip(&v[row * width..][..width]).for_each(|(o, x)| *o = x.to_f32()),
-            Self::BF16(v) => out.iter_mut().zip(&v[row * width..][..width]).for_each(|(o, x)| *o = x.to_f32()),
+        self.unpack(row * out.len(), out);
+    }
+
+    /// Writes the values from the element `at` on, the first of a block, into `out`.
+    fn unpack(&self, at: usize, out: &mut [f32]) {
+        let of = |elements: usize| elements / self.kind.block() * self.kind.block_bytes();
+        let bytes = &self.bytes[of(at)..][..of(out.len())];
+        match self.kind {
+            Kind::F32 => convert::<f32>(bytes, out),
+            Kind::F16 => convert::<f16>(bytes, out),
+            Kind::BF16 => convert::<bf16>(bytes, out),
+            blocks => blocks::unpack(blocks, bytes, out),
         }
+    }
+
+    pub fn check_finite(&self, name: &str) -> Result<(), Error> {
+        let Some(at) = blocks::first_not_finite(self.kind, &self.bytes) else { return Ok(()) };
+        let mut block = vec![0f32; self.kind.block()];
+        self.unpack(at, &mut block);
+        let n = block.iter().position(|value| !value.is_finite()).unwrap_or(0);
+        Err(Error::NotFinite { name: name.into(), at: at + n, value: block[n] })
+    }
+
+    /// BLAKE3 of what the tensor says: of its values as f32, whatever width they are stored in; quantised ones as they
+    /// are.
+    pub fn digest(&self) -> blake3::Hash {
+        let leaves: Vec<_> = (0..self.len().div_ceil(LEAF)).into_par_iter().map(|leaf| self.leaf(leaf)).collect();
+        let mut hash = blake3::Hasher::new();
+        if self.kind.block() > 1 {
+            hash.update(self.kind.name().as_bytes());
+        }
+        for leaf in &leaves {
+            hash.update(leaf.as_bytes());
+        }
+        hash.finalize()
+    }
+
+    fn leaf(&self, leaf: usize) -> blake3::Hash {
+        let mut hash = blake3::Hasher::new();
+        let end = self.len().min((leaf + 1) * LEAF);
+        if self.kind.block() > 1 {
+            let of = |elements: usize| elements / self.kind.block() * self.kind.block_bytes();
+            return hash.update(&self.bytes[of(leaf * LEAF)..of(end)]).finalize();
+        }
+        let mut values = [0f32; CHUNK];
+        let mut bytes = [[0u8; 4]; CHUNK];
+        for at in (leaf * LEAF..end).step_by(CHUNK) {
+            let n = CHUNK.min(end - at);
+            self.unpack(at, &mut values[..n]);
+            bytes.iter_mut().zip(&values[..n]).for_each(|(bytes, value)| *bytes = value.to_le_bytes());
+            hash.update(bytes[..n].as_flattened());
+        }
+        hash.finalize()
+    }
+
+    /// `[.., R, C]` → `[.., C, R]`.
+    ///
+    /// # Panics
+    /// If it has fewer than two axes.
+    pub fn transposed(&self) -> Weight<'static> {
+        let (outer, &[rows, cols]) = self.shape.split_last_chunk().expect("a matrix has two axes");
+        let whole = self.clone().unblocked();
+        let size = whole.kind.block_bytes();
+        let mut bytes = Vec::with_capacity(whole.bytes.len());
+        for matrix in whole.bytes.chunks_exact((rows * cols * size).max(1)) {
+            for col in 0..cols {
+                (0..rows).for_each(|row| bytes.extend_from_slice(&matrix[(row * cols + col) * size..][..size]));
+            }
+        }
+        let shape = [outer, &[cols, rows]].concat();
+        Weight { kind: whole.kind, shape, bytes: Cow::Owned(bytes) }
+    }
+
+    /// The part `index` of `parts` equal ones along the first axis, without it where it has the length 1 then.
+    pub fn part(&self, index: usize, parts: usize) -> Option<Self> {
+        let (&first, rest) = self.shape.split_first()?;
+        let rows = first.checked_div(parts).filter(|rows| rows * parts == first)?;
+        let size = self.bytes.len() / parts;
+        let shape = if rows == 1 { rest.to_vec() } else { [&[rows], rest].concat() };
+        let range = index.checked_mul(size)?..(index + 1) * size;
+        let bytes = match &self.bytes {
+            Cow::Borrowed(bytes) => Cow::Borrowed(bytes.get(range)?),
+            Cow::Owned(bytes) => Cow::Owned(bytes.get(range)?.to_vec()),
+        };
+        Self::new(self.kind, &shape, bytes)
     }
 }
 
-fn bytes<T: Copy, const N: usize>(values: &[T], le: fn(T) -> [u8; N]) -> Vec<u8> {
-    values.iter().flat_map(|&v| le(v)).collect()
+impl Weight<'static> {
+    /// A tensor of f32 values.
+    ///
+    /// # Panics
+    /// If the shape has another number of values.
+    pub fn from_f32(shape: &[usize], values: &[f32]) -> Self {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Self::new(Kind::F32, shape, bytes).expect("the shape has as many values")
+    }
+}
+
+fn convert<T: Stored>(bytes: &[u8], out: &mut [f32]) {
+    out.iter_mut().zip(bytes.chunks_exact(T::BYTES)).for_each(|(out, bytes)| *out = T::from_le(bytes).to_f32());
 }

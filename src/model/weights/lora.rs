@@ -6,10 +6,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::{Checkpoint, TensorInfo};
 use crate::model::Error;
+use crate::model::kernels::Weight;
 
 /// An adapter and the scale its author trained it with.
 pub struct Lora {
@@ -51,17 +52,21 @@ impl Lora {
         Ok(())
     }
 
-    pub(super) fn merge(&self, name: &str, base: Tensor) -> Result<Tensor, Error> {
+    /// `base` with the adapter's part of it added.
+    pub(super) fn merge<'a>(&'a self, name: &str, base: Weight<'a>) -> Result<Weight<'a>, Error> {
         if self.tensors.shape(name).is_some() {
             return self.tensors.read(name);
         }
         let Some(linear) = name.strip_suffix(".weight") else { return Ok(base) };
         let (a, b) = (format!("{linear}.lora_A"), format!("{linear}.lora_B"));
         let Some(&[rank, _]) = self.tensors.shape(&a) else { return Ok(base) };
-        let a = self.tensors.read(&a)?.to_dtype(DType::F32)?;
-        let b = self.tensors.read(&b)?.to_dtype(DType::F32)?;
-        let delta = (b.matmul(&a)? * f64::from(self.alpha / rank as f32))?;
+        let delta = (matrix(&self.tensors.read(&b)?)?.matmul(&matrix(&self.tensors.read(&a)?)?))?;
+        let merged = (matrix(&base)? + (delta * f64::from(self.alpha / rank as f32))?)?;
         // The sum stays in f32: rounding it back to 16 bits would not be the merged model.
-        Ok((base.to_dtype(DType::F32)? + delta)?)
+        Ok(Weight::from_f32(base.shape(), &merged.flatten_all()?.to_vec1()?))
     }
+}
+
+fn matrix(weight: &Weight) -> Result<Tensor, Error> {
+    Ok(Tensor::from_vec(weight.to_f32(), weight.shape(), &Device::Cpu)?)
 }

@@ -1,67 +1,105 @@
 //! Checkpoints: named tensors in the original trainer's names, wherever they come from.
+//!
+//! A reader of a container format ([`pth`], [`safetensors`], …) is a pure function from the bytes of a file to
+//! [`Place`]s; [`names`] makes the original trainer's tensors of them. Files are mapped into memory, and a tensor is
+//! copied only where it is packed for the machine.
 
+mod container;
+mod file;
+mod folder;
+mod ggml;
+pub(super) mod gguf;
+mod loader;
 mod lora;
+pub(super) mod names;
+mod pickle;
 mod pth;
 mod safetensors;
+mod state_dict;
 
-use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
-
 use super::Error;
-use super::kernels::Weight;
+use super::kernels::{Kind, Weight};
+use file::{File, Place};
+use gguf::Gguf;
+pub use loader::Loader;
 pub use lora::Lora;
+use names::Origin;
 
-/// Type and shape of a stored tensor.
+/// Type and shape of a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
-    pub dtype: DType,
+    pub kind: Kind,
     pub shape: Vec<usize>,
 }
 
-/// Where tensors are read from. Reading copies one tensor into memory, in its stored type.
-trait Source: Send {
-    fn read(&self, name: &str) -> Result<Tensor, Error>;
-}
-
-/// The tensors of one checkpoint file, read one at a time.
+/// The tensors of one checkpoint, in the original trainer's names, read one at a time.
 pub struct Checkpoint {
+    files: Vec<File>,
+    origins: BTreeMap<String, Origin>,
     tensors: BTreeMap<String, TensorInfo>,
-    source: Box<dyn Source>,
+    format: &'static str,
+    /// What a GGUF file says beside its tensors.
+    gguf: Option<Gguf>,
     lora: Option<Box<Lora>>,
 }
 
 impl Checkpoint {
-    /// Opens a `.safetensors` or `.pth` file, told apart by content.
+    /// Opens a checkpoint: a file whose format is told by its content, an index of shards, or a folder as Hugging Face
+    /// lays it out.
     ///
     /// # Errors
     /// [`Error::Unreadable`] or [`Error::Format`], with the path and the reason.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let unreadable = |e: std::io::Error| Error::Unreadable { path: path.display().to_string(), why: e.to_string() };
-        // Opening a pipe would wait for somebody to write to it.
-        if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
-            return Err(Error::Format { path: path.display().to_string(), why: "it is not a regular file".into() });
-        }
-        let mut magic = [0u8; 4];
-        let mut file = std::fs::File::open(path).map_err(unreadable)?;
-        if std::io::Read::read_exact(&mut file, &mut magic).is_err() {
-            return Err(Error::Format {
-                path: path.display().to_string(),
-                why: "it is shorter than four bytes".into(),
-            });
-        }
-        if magic == *b"PK\x03\x04" { pth::open(path) } else { safetensors::open(path) }
+        Self::of(folder::files(path)?.iter().map(|path| File::open(path)).collect::<Result<_, _>>()?)
     }
 
     /// A safetensors file that is part of the binary.
     pub fn embedded(bytes: &'static [u8]) -> Result<Self, Error> {
-        safetensors::embedded(bytes)
+        Self::of(vec![File::embedded(bytes)])
     }
 
-    fn new(tensors: BTreeMap<String, TensorInfo>, source: impl Source + 'static) -> Self {
-        Self { tensors, source: Box::new(source), lora: None }
+    fn of(files: Vec<File>) -> Result<Self, Error> {
+        let mut places = Vec::new();
+        let (mut format, mut gguf) = ("", None);
+        for (n, file) in files.iter().enumerate() {
+            let read = Container::read(file).map_err(|why| file.wrong(why))?;
+            (format, gguf) = (read.format, read.gguf);
+            places.extend(read.places.into_iter().map(|place| (n, place)));
+        }
+        let wrong = |why| files[0].wrong(why);
+        let all: Vec<_> = places.iter().map(|(_, place)| place).collect();
+        let reading = names::reading(&all, gguf.as_ref(), format == ggml::FORMAT).map_err(wrong)?;
+        let origins = names::read(places, &*reading).map_err(wrong)?;
+        if origins.is_empty() {
+            return Err(wrong("it holds no tensors".into()));
+        }
+        let tensors = origins.iter().map(|(name, origin)| (name.clone(), origin.info.clone())).collect();
+        Ok(Self { files, origins, tensors, format, gguf, lora: None })
+    }
+
+    /// The container it came in.
+    pub fn format(&self) -> &'static str {
+        self.format
+    }
+
+    /// The vocabulary in the file, if there is one: for each id the inside of a Python bytes literal, empty where it has
+    /// no text.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] for a vocabulary of another kind than RWKV's.
+    pub fn vocabulary(&self) -> Result<Option<Vec<Vec<u8>>>, Error> {
+        let Some(gguf) = &self.gguf else { return Ok(None) };
+        match gguf.str("tokenizer.ggml.model") {
+            Some("rwkv") => gguf::vocabulary(gguf).map(Some).map_err(Error::Unknown),
+            None | Some("none") => Ok(None),
+            Some(other) => {
+                Err(Error::Unknown(format!("its vocabulary is of the kind `{other}`; give a tokenizer that fits")))
+            }
+        }
     }
 
     /// Merges a LoRA adapter into every tensor that is read from now on.
@@ -79,30 +117,23 @@ impl Checkpoint {
         self.tensors.get(name).map(|t| t.shape.as_slice())
     }
 
-    /// One tensor, LoRA merged, checked to be finite.
-    pub(super) fn read(&self, name: &str) -> Result<Tensor, Error> {
-        let mut tensor = self.source.read(name)?;
-        if let Some(lora) = &self.lora {
-            tensor = lora.merge(name, tensor)?;
+    /// One tensor, LoRA merged. Its values need not be finite.
+    pub(super) fn read(&self, name: &str) -> Result<Weight<'_>, Error> {
+        let origin = self.origins.get(name).ok_or_else(|| Error::Unknown(format!("no tensor `{name}`")))?;
+        let file = &self.files[origin.file];
+        let lies = || file.wrong(format!("tensor `{}` is not what its description says", origin.place.name));
+        let weight = stored(file, &origin.place).and_then(|stored| origin.apply(stored)).ok_or_else(lies)?;
+        match &self.lora {
+            Some(lora) => lora.merge(name, weight),
+            None => Ok(weight),
         }
-        match tensor.dtype() {
-            DType::F32 | DType::F16 | DType::BF16 => {}
-            other => return Err(Error::Type { name: name.into(), found: format!("{other:?}") }),
-        }
-        Ok(tensor)
     }
 
-    /// BLAKE3 over names, shapes, types and bytes in name order, after the LoRA merge: equal for the same weights in any
-    /// container, so that sessions outlive a conversion.
-    pub fn fingerprint(&self) -> Result<String, Error> {
-        let mut hash = blake3::Hasher::new();
-        for (name, info) in &self.tensors {
-            let tensor = self.read(name)?;
-            hash.update(&(name.len() as u64).to_le_bytes()).update(name.as_bytes());
-            hash.update(format!("{:?}{:?}", tensor.dtype(), info.shape).as_bytes());
-            Weight::from_tensor(&tensor)?.hash(&mut hash);
+    /// Lets go of the memory behind a tensor that was read.
+    pub(super) fn release(&self, name: &str) {
+        if let Some(origin) = self.origins.get(name) {
+            self.files[origin.file].release(origin.place.bytes.clone());
         }
-        Ok(hash.finalize().to_hex().to_string())
     }
 
     pub fn parameters(&self) -> u64 {
@@ -110,87 +141,47 @@ impl Checkpoint {
     }
 }
 
-/// Takes a model's tensors out of a checkpoint by name and shape, and knows at the end which ones nobody took.
-pub struct Loader<'a> {
-    checkpoint: &'a Checkpoint,
-    generation: &'static str,
-    taken: RefCell<BTreeSet<String>>,
-    progress: &'a dyn Fn(usize, usize),
+/// What a container format says of a file.
+struct Container {
+    format: &'static str,
+    places: Vec<Place>,
+    gguf: Option<Gguf>,
 }
 
-impl<'a> Loader<'a> {
-    pub fn new(checkpoint: &'a Checkpoint, generation: &'static str, progress: &'a dyn Fn(usize, usize)) -> Self {
-        Self { checkpoint, generation, taken: RefCell::default(), progress }
-    }
-
-    pub fn has(&self, name: &str) -> bool {
-        self.checkpoint.shape(name).is_some()
-    }
-
-    /// The shape of a tensor, for sizes that only the file knows.
-    pub fn shape(&self, name: &str, expected: &str) -> Result<&[usize], Error> {
-        self.checkpoint.shape(name).ok_or_else(|| self.missing(name, expected.into()))
-    }
-
-    /// Both sizes of a matrix, for sizes that only the file knows.
-    pub fn matrix_shape(&self, name: &str) -> Result<(usize, usize), Error> {
-        match self.shape(name, "a matrix")? {
-            &[rows, cols] if rows > 0 && cols > 0 => Ok((rows, cols)),
-            other => Err(Error::Shape { name: name.into(), found: other.to_vec(), expected: "a matrix".into() }),
-        }
-    }
-
-    fn missing(&self, name: &str, expected: String) -> Error {
-        Error::Missing { name: name.into(), generation: self.generation, expected }
-    }
-
-    fn take(&self, name: &str, expected: &[usize]) -> Result<Tensor, Error> {
-        let found = self.checkpoint.shape(name).ok_or_else(|| self.missing(name, format!("{expected:?}")))?;
-        if without_leading_ones(found) != without_leading_ones(expected) {
-            let found = found.to_vec();
-            return Err(Error::Shape { name: name.into(), found, expected: format!("{expected:?}") });
-        }
-        let tensor = self.checkpoint.read(name)?.reshape(expected)?;
-        let mut taken = self.taken.borrow_mut();
-        taken.insert(name.to_owned());
-        (self.progress)(taken.len(), self.checkpoint.tensors.len());
-        Ok(tensor)
-    }
-
-    /// A small tensor of the given shape as f32 values, row-major.
-    pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
-        Ok(self.weight(name, shape)?.to_f32())
-    }
-
-    /// A tensor of the given shape in its stored type, row-major.
-    pub fn weight(&self, name: &str, shape: &[usize]) -> Result<Weight, Error> {
-        let weight = Weight::from_tensor(&self.take(name, shape)?)?;
-        weight.check_finite(name)?;
-        Ok(weight)
-    }
-
-    /// A matrix `[rows, cols]` in its stored type.
-    pub fn table(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error> {
-        self.weight(name, &[rows, cols])
-    }
-
-    /// Names a tensor that may be in the file though this model has no use for it.
-    pub fn allow(&self, name: &str) {
-        self.taken.borrow_mut().insert(name.to_owned());
-    }
-
-    /// Refuses a file with tensors nobody took: computing without them would be another model.
-    pub fn finish(self) -> Result<(), Error> {
-        let taken = self.taken.into_inner();
-        let left: Vec<_> = self.checkpoint.tensors.keys().filter(|n| !taken.contains(*n)).take(8).cloned().collect();
-        if left.is_empty() {
-            return Ok(());
-        }
-        Err(Error::Unexpected { generation: self.generation, names: left.join(", ") })
+impl Container {
+    fn read(file: &[u8]) -> Result<Self, String> {
+        let (format, places) = match file {
+            _ if gguf::is_gguf(file) => {
+                let mut gguf = gguf::read(file)?;
+                let places = std::mem::take(&mut gguf.tensors);
+                return Ok(Self { format: "gguf", places, gguf: Some(gguf) });
+            }
+            _ if ggml::is_ggml(file) => (ggml::FORMAT, ggml::read(file)?.tensors),
+            _ if pth::is_pth(file) => ("pth", pth::read(file)?),
+            _ => ("safetensors", safetensors::read(file)?),
+        };
+        Ok(Self { format, places, gguf: None })
     }
 }
 
-/// Trainers store vectors as `[1, 1, C]` as well as `[C]`.
-fn without_leading_ones(shape: &[usize]) -> &[usize] {
-    &shape[shape.iter().take_while(|&&d| d == 1).count()..]
+/// The values at a place, row by row.
+fn stored<'a>(file: &'a File, place: &Place) -> Option<Weight<'a>> {
+    let bytes = file.get(place.bytes.clone())?;
+    let Some(strides) = &place.strides else { return Weight::new(place.kind, &place.shape, bytes) };
+    let size = place.kind.block_bytes();
+    let mut values = Vec::with_capacity(place.kind.tensor_bytes(&place.shape)?);
+    let mut at = vec![0usize; place.shape.len()];
+    for _ in 0..place.shape.iter().product() {
+        let element: usize = at.iter().zip(strides).map(|(at, stride)| at * stride).sum();
+        values.extend_from_slice(bytes.get(element * size..(element + 1) * size)?);
+        // The next index, the last axis fastest.
+        for axis in (0..at.len()).rev() {
+            at[axis] += 1;
+            if at[axis] < place.shape[axis] {
+                break;
+            }
+            at[axis] = 0;
+        }
+    }
+    Weight::new(place.kind, &place.shape, Cow::Owned(values))
 }

@@ -1,0 +1,87 @@
+//! `rewake convert`: a checkpoint in another format.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+
+use super::checkpoint::{progress, show, write_whole};
+use crate::config;
+use crate::model::{Conversion, Format, Kind};
+use crate::{app, text};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Checkpoint file or folder to read
+    #[arg(value_name = "IN")]
+    from: PathBuf,
+    /// File to write: .pth, .safetensors or .gguf
+    #[arg(value_name = "OUT")]
+    to: PathBuf,
+    /// Type of the large matrices: f32, f16, bf16; in GGUF also q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k
+    /// [default: as they are]
+    #[arg(long = "type", value_name = "TYPE", value_parser = kind)]
+    kind: Option<Kind>,
+    /// LoRA adapter to merge; merged matrices get the type of the base, or the one of --type
+    #[arg(long, value_name = "FILE")]
+    lora: Option<PathBuf>,
+    /// The alpha the adapter was trained with, which its file does not hold
+    #[arg(long, value_name = "A", requires = "lora")]
+    lora_alpha: Option<f32>,
+    /// The tokenizer a GGUF file gets: `world`, `bytes` or a vocabulary file [default: what the checkpoint says]
+    #[arg(long, value_name = "NAME|FILE")]
+    tokenizer: Option<String>,
+}
+
+fn kind(name: &str) -> Result<Kind, String> {
+    Kind::parse(name).ok_or_else(|| format!("there are {}", Kind::ALL.map(Kind::name).join(", ")))
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let format = Format::of(&args.to)
+        .with_context(|| format!("{} says no format; end it with .pth, .safetensors or .gguf", args.to.display()))?;
+    ensure!(!same_file(&args.from, &args.to), "{} would be written over itself", args.from.display());
+    let model = config::Model {
+        file: Some(args.from.clone()),
+        lora: args.lora.clone(),
+        lora_alpha: args.lora_alpha,
+        tokenizer: args.tokenizer.clone(),
+        ..config::Model::default()
+    };
+    let checkpoint = app::checkpoint(&model)?;
+    let vocabulary = if format == Format::Gguf { vocabulary(&model, &checkpoint)? } else { None };
+    if format == Format::Gguf && vocabulary.is_none() {
+        eprintln!("the file gets no vocabulary: llama.cpp has RWKV's own tokenizer, and this model has another");
+    }
+    let bar = progress("converting", "tensors");
+    let conversion = Conversion {
+        checkpoint: &checkpoint,
+        format,
+        kind: args.kind,
+        vocabulary,
+        name: model.served_name(),
+        progress: &|done, all| show(&bar, done, all),
+    };
+    write_whole(&args.to, |file| Ok(conversion.write(file)?))?;
+    bar.finish_and_clear();
+    println!("{}", args.to.display());
+    Ok(())
+}
+
+/// Every id's token, if the model's vocabulary is one of byte strings of which text takes the longest.
+fn vocabulary(model: &config::Model, checkpoint: &crate::model::Checkpoint) -> anyhow::Result<Option<Vec<Vec<u8>>>> {
+    let rows = checkpoint.shape("emb.weight").and_then(|shape| shape.first()).copied().unwrap_or(0);
+    let tokenizer = match app::tokenizer(model, checkpoint, rows) {
+        Ok(tokenizer) => tokenizer,
+        // Only a choice that somebody made must be kept.
+        Err(e) if model.tokenizer.is_some() => return Err(e),
+        Err(_) => return Ok(None),
+    };
+    if !tokenizer.is_greedy() {
+        return Ok(None);
+    }
+    Ok(Some((0..tokenizer.vocab_size() as u32).map(|id| text::to_literal(tokenizer.token_bytes(id))).collect()))
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}

@@ -1,0 +1,109 @@
+//! Takes a model's tensors out of a checkpoint.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Checkpoint, Error};
+use crate::model::kernels::Weight;
+
+/// Takes a model's tensors out of a checkpoint by name and shape, and knows at the end which ones nobody took and what
+/// all of them were.
+pub struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    generation: &'static str,
+    /// What each tensor that was taken holds.
+    taken: RefCell<BTreeMap<String, blake3::Hash>>,
+    allowed: RefCell<BTreeSet<String>>,
+    progress: &'a dyn Fn(usize, usize),
+}
+
+impl<'a> Loader<'a> {
+    pub fn new(checkpoint: &'a Checkpoint, generation: &'static str, progress: &'a dyn Fn(usize, usize)) -> Self {
+        Self { checkpoint, generation, taken: RefCell::default(), allowed: RefCell::default(), progress }
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.checkpoint.shape(name).is_some()
+    }
+
+    /// The shape of a tensor, for sizes that only the file knows.
+    pub fn shape(&self, name: &str, expected: &str) -> Result<&[usize], Error> {
+        self.checkpoint.shape(name).ok_or_else(|| self.missing(name, expected.into()))
+    }
+
+    /// Both sizes of a matrix, for sizes that only the file knows.
+    pub fn matrix_shape(&self, name: &str) -> Result<(usize, usize), Error> {
+        match self.shape(name, "a matrix")? {
+            &[rows, cols] if rows > 0 && cols > 0 => Ok((rows, cols)),
+            other => Err(Error::Shape { name: name.into(), found: other.to_vec(), expected: "a matrix".into() }),
+        }
+    }
+
+    fn missing(&self, name: &str, expected: String) -> Error {
+        Error::Missing { name: name.into(), generation: self.generation, expected }
+    }
+
+    /// A tensor of the given shape in its stored type, row-major.
+    pub fn weight(&self, name: &str, shape: &[usize]) -> Result<Weight<'a>, Error> {
+        let found = self.checkpoint.shape(name).ok_or_else(|| self.missing(name, format!("{shape:?}")))?;
+        let wrong = || Error::Shape { name: name.into(), found: found.to_vec(), expected: format!("{shape:?}") };
+        if without_leading_ones(found) != without_leading_ones(shape) {
+            return Err(wrong());
+        }
+        let weight = self.checkpoint.read(name)?.reshaped(shape).ok_or_else(wrong)?;
+        weight.check_finite(name)?;
+        let mut taken = self.taken.borrow_mut();
+        taken.insert(name.to_owned(), weight.digest());
+        (self.progress)(taken.len(), self.checkpoint.tensors().len());
+        Ok(weight)
+    }
+
+    /// A small tensor of the given shape as f32 values, row-major.
+    pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
+        let values = self.weight(name, shape)?.to_f32();
+        self.checkpoint.release(name);
+        Ok(values)
+    }
+
+    /// Shows `f` a matrix `[rows, cols]` in its stored type, whose memory in the file is then given back.
+    pub fn table<R>(
+        &self,
+        name: &str,
+        (rows, cols): (usize, usize),
+        f: impl FnOnce(Weight<'a>) -> R,
+    ) -> Result<R, Error> {
+        let made = f(self.weight(name, &[rows, cols])?);
+        self.checkpoint.release(name);
+        Ok(made)
+    }
+
+    /// Names a tensor that may be in the file though this model has no use for it.
+    pub fn allow(&self, name: &str) {
+        self.allowed.borrow_mut().insert(name.to_owned());
+    }
+
+    /// Refuses a file with tensors nobody took: computing without them would be another model. Gives the fingerprint:
+    /// BLAKE3 over the names and values of all that were taken, in name order, LoRA merged. It is the same for the same
+    /// values in any container and any width, so that sessions outlive a conversion that loses nothing.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`].
+    pub fn finish(self) -> Result<String, Error> {
+        let (taken, allowed) = (self.taken.into_inner(), self.allowed.into_inner());
+        let unknown = |name: &&String| !taken.contains_key(*name) && !allowed.contains(*name);
+        let left: Vec<_> = self.checkpoint.tensors().keys().filter(unknown).take(8).cloned().collect();
+        if !left.is_empty() {
+            return Err(Error::Unexpected { generation: self.generation, names: left.join(", ") });
+        }
+        let mut hash = blake3::Hasher::new();
+        for (name, digest) in &taken {
+            hash.update(&(name.len() as u64).to_le_bytes()).update(name.as_bytes()).update(digest.as_bytes());
+        }
+        Ok(hash.finalize().to_hex().to_string())
+    }
+}
+
+/// Trainers store vectors as `[1, 1, C]` as well as `[C]`.
+fn without_leading_ones(shape: &[usize]) -> &[usize] {
+    &shape[shape.iter().take_while(|&&d| d == 1).count()..]
+}
