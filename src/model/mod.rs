@@ -9,6 +9,8 @@
 mod block;
 mod channel_mix;
 mod copy_head;
+mod deep_embed;
+mod embed_attention;
 mod generation;
 mod kernels;
 mod linear;
@@ -22,6 +24,9 @@ mod v4;
 mod v5;
 mod v6;
 mod v7;
+mod v7a;
+mod v7b;
+mod v8;
 mod weights;
 mod workspace;
 

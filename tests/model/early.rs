@@ -26,7 +26,7 @@ fn ones(shape: &[usize]) -> Tensor {
 }
 
 /// The logits after each token, and the state at the end.
-fn run(model: &mut Model, tokens: &[u32], chunk: usize) -> (Vec<Vec<f32>>, Vec<SegmentData>) {
+pub fn run(model: &mut Model, tokens: &[u32], chunk: usize) -> (Vec<Vec<f32>>, Vec<SegmentData>) {
     let mut pool = model.pool(1).expect("a pool");
     pool.reset(SlotId(0));
     let mut logits = Vec::new();
@@ -59,7 +59,7 @@ fn a_sequence_of_v1_ends_with_its_context() {
 
 #[test]
 fn several_rows_fork_one_log() {
-    for name in ["v1_fp32", "v3_fp32"] {
+    for name in ["v1_fp32", "v3_fp32", "v7b_bf16", "v8_rc00_hybrid_bf16"] {
         let case = case(name);
         let (_, mut model) = models(&case).remove(0);
         let mut pool = model.pool(4).expect("a pool");
