@@ -8,6 +8,8 @@ mod growing;
 mod matrix;
 #[path = "model/naive.rs"]
 mod naive;
+#[path = "model/optional.rs"]
+mod optional;
 #[path = "support/vectors.rs"]
 mod vectors;
 

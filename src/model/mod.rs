@@ -17,6 +17,7 @@ mod linear;
 mod low_rank;
 mod pool;
 mod registry;
+mod tiny_attention;
 mod v1;
 mod v2;
 mod v3;

@@ -168,9 +168,14 @@ fn parts_that_are_unknown_or_missing_are_named() {
         Err(e) => e.to_string(),
     };
     let v1 = case("v1_fp32");
+    let other = "blocks.1.attn.head_mix.weight";
+    let message = refusal(&v1, &|tensors| drop(tensors.insert(other.into(), ones(&[4, 4, 1, 1]))));
+    assert!(message.contains("no part of a v1 model") && message.contains(other), "{message}");
     let tiny = "blocks.1.attn.tiny_att.qkv.weight";
     let message = refusal(&v1, &|tensors| drop(tensors.insert(tiny.into(), ones(&[48, 64]))));
-    assert!(message.contains("no part of a v1 model") && message.contains(tiny), "{message}");
+    assert!(message.contains("`blocks.1.attn.tiny_att.qkv.bias` is missing"), "{message}");
+    let message = refusal(&v1, &|tensors| drop(tensors.insert(tiny.into(), ones(&[47, 64]))));
+    assert!(message.contains(&format!("`{tiny}` has shape [47, 64]")), "{message}");
     for name in ["time_out", "head_q.bias", "blocks.2.attn.time_gamma", "copy_mask"] {
         let message = refusal(&v1, &|tensors| drop(tensors.remove(name)));
         assert!(message.contains(&format!("`{name}` is missing")), "{message}");

@@ -10,6 +10,7 @@ mod elementwise;
 mod embed_attention;
 mod matmul;
 mod norm;
+mod tiny_attention;
 mod weight;
 mod wkv1;
 mod wkv2;
@@ -23,6 +24,7 @@ pub use elementwise::{Activation, activate, add, multiply, token_shift, token_sh
 pub use embed_attention::{Queries, Stretch, attend, mean_of, tanh_all};
 pub use matmul::{Panels, matmul};
 pub use norm::layer_norm;
+pub use tiny_attention::tiny_attend;
 pub use weight::Weight;
 pub use wkv1::{Curves, weigh1, wkv1};
 pub use wkv2::{Wkv2Params, wkv2};
