@@ -2,8 +2,14 @@
 
 #[path = "model/early.rs"]
 mod early;
+#[path = "model/growing.rs"]
+mod growing;
 #[path = "model/matrix.rs"]
 mod matrix;
+#[path = "model/naive.rs"]
+mod naive;
+#[path = "model/optional.rs"]
+mod optional;
 #[path = "support/vectors.rs"]
 mod vectors;
 
@@ -14,7 +20,8 @@ use rewake::types::{Row, SegmentData, SeqId, SlotId, Want};
 use vectors::{Case, case, cases};
 
 /// Generations that are served, by the `version` of their cases.
-const SERVED: &[&str] = &["v1", "v2", "v3", "v4", "v5.0", "v5.1", "v5.2", "v6", "v7"];
+const SERVED: &[&str] =
+    &["v1", "v2", "v3", "v4", "v5.0", "v5.1", "v5.2", "v6", "v7", "v7a", "v7b", "v8_rc00", "v8_rc00_hybrid"];
 
 /// Runs tokens through one slot, in one step, and gives the logits after each; `at` tokens were read before.
 fn read(model: &mut Model, pool: &mut Pool, tokens: &[u32], at: usize, from: u32, into: u32) -> Vec<Vec<f32>> {

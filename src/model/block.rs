@@ -111,6 +111,8 @@ pub struct Step<'a> {
     pub ids: &'a [u32],
     /// For each token, the slot to read its predecessor from, when the token is the first of a row.
     pub first: &'a [Option<u32>],
+    /// The residual stream as it is before the mixer, `[N, C]`.
+    pub residual: &'a Tensor,
     pub work: &'a mut Workspace,
     pool: &'a mut Pool,
     /// Index of the mixer's first segment in the pool.
@@ -319,7 +321,7 @@ impl Model {
                 if self.parts.residual == Residual::Normed {
                     linear::copy(&x, &normed)?;
                 }
-                let mut step = Step { rows, ids, first: &first, work: &mut self.work, pool, base };
+                let mut step = Step { rows, ids, first: &first, residual: &x, work: &mut self.work, pool, base };
                 let y = mixer.forward(&normed, &mut step, &mut carry)?;
                 linear::add(&x, &y)?;
                 self.work.release_scratch();
@@ -331,7 +333,7 @@ impl Model {
         if wanted.is_empty() && self.parts.head.segments().is_empty() {
             return Ok(());
         }
-        let mut step = Step { rows, ids, first: &first, work: &mut self.work, pool, base };
+        let mut step = Step { rows, ids, first: &first, residual: &x, work: &mut self.work, pool, base };
         let out = self.parts.head.forward(&x, &wanted, &mut step)?;
         Ok(linear::read(&out, |values| logits.extend_from_slice(values))?)
     }

@@ -1,12 +1,12 @@
-//! The head of v1 to v3: a linear layer, and a copy head that raises the logits of what the text has said before.
+//! The head of v1 to v3, and of some v4: a linear layer, and a copy head that raises the logits of what the text has said before.
 //!
 //! For each of the last tokens of the text, the current one included, its logit grows by `head_q(x now) · head_k(x then) / D`.
-//! Follows BlinkDL/RWKV-LM, `RWKV-v1/src/model.py`, `RWKV-v2-RNN/src/model_run.py` and `RWKV-v3/src/model_run.py`.
+//! Follows BlinkDL/RWKV-LM, `RWKV-v1/src/model.py`, `RWKV-v2-RNN/src/model_run.py`, `RWKV-v3/src/model_run.py` and, for v4, whose
+//! inference code has no copy head, `RWKV-v4/src/model.py`.
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 
-use super::block::Sizes;
-use super::block::{Head, Step, gather};
+use super::block::{Head, LinearHead, Sizes, Step, gather};
 use super::linear::{self, LayerNorm, Linear, Orientation, floats, floats_mut};
 use super::weights::Loader;
 use super::{Error, kernels};
@@ -38,8 +38,13 @@ pub fn context(loader: &Loader) -> Result<usize, Error> {
     Ok(rows)
 }
 
+/// The head of v3 and v4: a copy head, which a setting of the trainer (`RWKV_HEAD_QK_DIM`, `head_qk`) leaves out.
+pub fn optional(loader: &Loader, sizes: &Sizes) -> Result<Box<dyn Head>, Error> {
+    if loader.has("head_q.weight") { CopyHead::load(loader, sizes) } else { LinearHead::load(loader, sizes) }
+}
+
 impl CopyHead {
-    /// That of v2 and v3.
+    /// That of v2, v3 and v4.
     pub fn load(loader: &Loader, sizes: &Sizes) -> Result<Box<dyn Head>, Error> {
         let c = sizes.width;
         let (size, _) = loader.matrix_shape("head_k.weight")?;

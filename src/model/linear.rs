@@ -15,7 +15,7 @@ pub enum Orientation {
     InOut,
 }
 
-/// A linear layer: `y [N, outputs] = x [N, inputs] · Wᵀ`, weights in their stored type; only v1 adds a bias.
+/// A linear layer: `y [N, outputs] = x [N, inputs] · Wᵀ`, weights in their stored type; few add a bias.
 #[derive(Debug)]
 pub struct Linear {
     weights: Panels,

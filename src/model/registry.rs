@@ -5,7 +5,7 @@ use super::generation::Generation;
 use super::kernels::Weight;
 use super::linear::LayerNorm;
 use super::weights::{Checkpoint, Loader};
-use super::{Error, v1, v2, v3, v4, v5, v6, v7};
+use super::{Error, v1, v2, v3, v4, v5, v6, v7, v7a, v7b, v8};
 use crate::types::{Segment, SegmentData};
 
 /// Every known generation.
@@ -19,6 +19,10 @@ const GENERATIONS: &[Generation] = &[
     v5::V5_2,
     v6::GENERATION,
     v7::GENERATION,
+    v7a::GENERATION,
+    v7b::GENERATION,
+    v8::RC00,
+    v8::RC00_HYBRID,
 ];
 
 /// What may be added to a checkpoint as it is loaded.

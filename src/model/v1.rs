@@ -11,6 +11,7 @@ use super::copy_head::{self, CopyHead};
 use super::generation::{BASE, Generation};
 use super::kernels::{self, Activation, Curves, Shared};
 use super::linear::{self, LayerNorm, Linear, Orientation, floats, floats_mut, planes};
+use super::tiny_attention::TinyAttention;
 use super::weights::Loader;
 use crate::types::{Row, Segment};
 
@@ -64,6 +65,7 @@ struct TimeMix {
     beta: Vec<f32>,
     /// `[T]`: scales the result by position.
     gamma: Vec<f32>,
+    tiny: Option<TinyAttention>,
 }
 
 impl TimeMix {
@@ -89,6 +91,7 @@ impl TimeMix {
             alpha: loader.values(&attn("time_alpha"), &[heads, 1, context])?,
             beta: loader.values(&attn("time_beta"), &[heads, context, 1])?,
             gamma: loader.values(&attn("time_gamma"), &[context, 1])?,
+            tiny: TinyAttention::load(loader, &format!("blocks.{layer}.attn"), c)?,
         })
     }
 }
@@ -97,12 +100,14 @@ impl Mixer for TimeMix {
     fn segments(&self) -> Vec<Segment> {
         let name = |name: &str| format!("blocks.{}.attn.{name}", self.layer);
         let width = self.key.outputs();
-        vec![
+        let mut segments = vec![
             Segment::Fixed { name: name("shift"), shape: vec![self.mix.len()], init: 0.0 },
             // The sum of all weights, and each token's value times its weight.
             Segment::Fixed { name: name("denominator"), shape: vec![width], init: 0.0 },
             Segment::Log { name: name("values"), width, cap: Some(self.context) },
-        ]
+        ];
+        segments.extend(self.tiny.iter().map(|tiny| tiny.segment(self.context)));
+        segments
     }
 
     fn forward(&self, x: &Tensor, step: &mut Step, _: &mut Carry) -> Result<Tensor, Error> {
@@ -122,6 +127,9 @@ impl Mixer for TimeMix {
         y.inplace_op2(&inputs, &Attend { mix: self, rows, logs: step.logs(2) })?;
         let out = step.work.scratch((tokens, self.output.outputs()))?;
         self.output.forward(&y, &out)?;
+        if let Some(tiny) = &self.tiny {
+            linear::add(&out, &tiny.forward(&shifted, step, 3)?)?;
+        }
         let positions = rows.iter().flat_map(|row| (row.at..).take(row.tokens.len()));
         linear::scale_rows(&out, &positions.map(|at| self.gamma[at as usize]).collect::<Vec<_>>())?;
         Ok(out)

@@ -2,8 +2,7 @@
 //!
 //! Tensor names and formulas are those of `RWKV_RNN` in BlinkDL/RWKV-LM, `RWKV-v3/src/model_run.py`.
 
-use super::block::LinearHead;
-use super::copy_head::CopyHead;
+use super::copy_head;
 use super::generation::{BASE, Generation};
 use super::v2::mixers;
 use super::weights::Checkpoint;
@@ -12,11 +11,7 @@ pub const GENERATION: Generation = Generation {
     name: "v3",
     detect,
     mixers: |loader, layer, sizes| mixers(loader, layer, sizes, ["time_mix_r", "time_mix_k", "time_mix_v"], 1e-8),
-    // A setting of the original code (`RWKV_HEAD_QK_DIM = 0`) leaves the copy head out.
-    head: |loader, sizes| match loader.has("head_q.weight") {
-        true => CopyHead::load(loader, sizes),
-        false => LinearHead::load(loader, sizes),
-    },
+    head: copy_head::optional,
     ..BASE
 };
 

@@ -1,13 +1,14 @@
 //! RWKV-4 "Dove", and v4neo, whose files and inference are the same.
 //!
-//! Tensor names and formulas are those of `RWKV_RNN` in BlinkDL/RWKV-LM, `RWKV-v4/src/model_run.py`. C = width, T = tokens of the
-//! step.
+//! Tensor names and formulas are those of `RWKV_RNN` in BlinkDL/RWKV-LM, `RWKV-v4/src/model_run.py`. C = width, A = attention width,
+//! which only the `rwkv` package (BlinkDL/ChatRWKV, `n_att`) allows to differ, T = tokens of the step.
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 
 use super::Error;
 use super::block::{Carry, Mixer, Sizes, Step, time_mixes, token_shift};
 use super::channel_mix::ChannelMix;
+use super::copy_head;
 use super::generation::{BASE, Generation};
 use super::kernels::{self, Wkv4Params, Wkv4States};
 use super::linear::{Linear, Orientation, floats, floats_mut, planes};
@@ -26,6 +27,7 @@ pub const GENERATION: Generation = Generation {
         };
         Ok((first, channel_mix(loader, &format!("blocks.{layer}.ffn"), sizes)?))
     },
+    head: copy_head::optional,
     ..BASE
 };
 
@@ -54,9 +56,9 @@ struct TimeMix {
     key: Linear,
     value: Linear,
     output: Linear,
-    /// `[C]`: -exp(time_decay).
+    /// `[A]`: -exp(time_decay).
     decay: Vec<f32>,
-    /// `[C]`.
+    /// `[A]`.
     time_first: Vec<f32>,
 }
 
@@ -65,17 +67,18 @@ impl TimeMix {
         let c = sizes.width;
         let prefix = format!("blocks.{layer}.att");
         let att = |name: &str| format!("{prefix}.{name}");
-        let square = |name: &str| Linear::load(loader, &att(name), c, c, Orientation::OutIn);
+        let (a, _) = loader.matrix_shape(&att("key.weight"))?;
+        let linear = |name: &str| Linear::load(loader, &att(name), a, c, Orientation::OutIn);
         Ok(Self {
             layer,
             width: c,
             mixes: time_mixes(loader, &prefix, &["time_mix_r", "time_mix_k", "time_mix_v"], c)?,
-            receptance: square("receptance.weight")?,
-            key: square("key.weight")?,
-            value: square("value.weight")?,
-            output: square("output.weight")?,
-            decay: loader.values(&att("time_decay"), &[c])?.into_iter().map(|w| -w.exp()).collect(),
-            time_first: loader.values(&att("time_first"), &[c])?,
+            receptance: linear("receptance.weight")?,
+            key: linear("key.weight")?,
+            value: linear("value.weight")?,
+            output: Linear::load(loader, &att("output.weight"), c, a, Orientation::OutIn)?,
+            decay: loader.values(&att("time_decay"), &[a])?.into_iter().map(|w| -w.exp()).collect(),
+            time_first: loader.values(&att("time_first"), &[a])?,
         })
     }
 }
@@ -83,13 +86,14 @@ impl TimeMix {
 impl Mixer for TimeMix {
     fn segments(&self) -> Vec<Segment> {
         // No exponent so far: smaller than any that a token can have.
-        let parts = [("shift", 0.0), ("aa", 0.0), ("bb", 0.0), ("pp", -1e30)];
+        let (c, a) = (self.width, self.decay.len());
+        let parts = [("shift", c, 0.0), ("aa", a, 0.0), ("bb", a, 0.0), ("pp", a, -1e30)];
         let name = |part: &str| format!("blocks.{}.att.{part}", self.layer);
-        parts.map(|(part, init)| Segment::Fixed { name: name(part), shape: vec![self.width], init }).into()
+        parts.map(|(part, width, init)| Segment::Fixed { name: name(part), shape: vec![width], init }).into()
     }
 
     fn forward(&self, x: &Tensor, step: &mut Step, _: &mut Carry) -> Result<Tensor, Error> {
-        let (tokens, width) = x.dims2()?;
+        let (tokens, width) = (step.tokens(), self.decay.len());
         // 1. xr, xk, xv = x · mix + x_prev · (1 - mix)
         let mixed = token_shift(x, &self.mixes, 0, step)?;
         let [xr, xk, xv] = planes(&mixed)?;
@@ -104,13 +108,13 @@ impl Mixer for TimeMix {
         let y = step.work.scratch((tokens, width))?;
         y.inplace_op2(&inputs, &Wkv { mix: self, rows: step.rows, states })?;
         // 4. the output layer
-        let out = step.work.scratch((tokens, width))?;
+        let out = step.work.scratch(x.shape())?;
         self.output.forward(&y, &out)?;
         Ok(out)
     }
 }
 
-/// The recurrence over all rows: `inputs [3, T, C]` (r, k, v) → `[T, C]`.
+/// The recurrence over all rows: `inputs [3, T, A]` (r, k, v) → `[T, A]`.
 struct Wkv<'a> {
     mix: &'a TimeMix,
     rows: &'a [Row],

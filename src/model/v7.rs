@@ -12,13 +12,12 @@ use super::generation::{BASE, Generation};
 use super::kernels::{Activation, HeadInputs, HeadParams, MAX_HEAD, Shared, parallel, wkv7_head};
 use super::linear::{self, Linear, Orientation, floats, floats_mut, planes};
 use super::low_rank::LowRank;
-use super::weights::Loader;
+use super::weights::{Checkpoint, Loader};
 use crate::types::{Row, Segment};
 
 pub const GENERATION: Generation = Generation {
     name: "v7",
-    // r_k came with v7 and every v7 file has it.
-    detect: |checkpoint| checkpoint.shape("blocks.0.att.r_k").is_some(),
+    detect: |checkpoint| is_v7(checkpoint, None, false),
     mixers: |loader, layer, sizes| {
         Ok((Box::new(TimeMix::load(loader, layer, sizes)?), Box::new(ChannelMix::load(loader, layer, sizes)?)))
     },
@@ -26,13 +25,23 @@ pub const GENERATION: Generation = Generation {
     ..BASE
 };
 
+/// Whether a file has v7's attention, of the variants with this DeepEmbed table in their `ffn`, or with none; and with
+/// attention over the text beside it or without.
+pub fn is_v7(checkpoint: &Checkpoint, table: Option<&str>, attention: bool) -> bool {
+    let has = |name: &str| checkpoint.shape(&format!("blocks.0.{name}")).is_some();
+    // r_k came with v7 and every later file has it.
+    has("att.r_k")
+        && ["s_emb", "enn"].iter().all(|name| has(&format!("ffn.{name}.weight")) == (table == Some(name)))
+        && has("qkv.qq.weight") == attention
+}
+
 /// The segment that a state-tuned `time_state [H, N, N]` of a layer replaces; v7 uses it without transposing.
-fn time_state(layer: usize) -> String {
+pub fn time_state(layer: usize) -> String {
     format!("blocks.{layer}.att.wkv")
 }
 
 /// Attention's place in a block: the matrix-valued state.
-struct TimeMix {
+pub struct TimeMix {
     layer: usize,
     heads: usize,
     head_size: usize,
@@ -62,7 +71,7 @@ struct TimeMix {
 const LN_X_EPS: f32 = 64e-5;
 
 impl TimeMix {
-    fn load(loader: &Loader, layer: usize, sizes: &Sizes) -> Result<Self, Error> {
+    pub fn load(loader: &Loader, layer: usize, sizes: &Sizes) -> Result<Self, Error> {
         let c = sizes.width;
         let att = |name: &str| format!("blocks.{layer}.att.{name}");
         let vector = |name: &str| loader.values(&att(name), &[c]);
@@ -228,17 +237,17 @@ impl InplaceOp3 for Wkv<'_> {
 }
 
 /// The feed-forward half: `relu(x · K)² · V`.
-struct ChannelMix {
+pub struct ChannelMix {
     layer: usize,
     width: usize,
     /// `[C]`.
     x_k: Vec<f32>,
     key: Linear,
-    value: Linear,
+    pub value: Linear,
 }
 
 impl ChannelMix {
-    fn load(loader: &Loader, layer: usize, sizes: &Sizes) -> Result<Self, Error> {
+    pub fn load(loader: &Loader, layer: usize, sizes: &Sizes) -> Result<Self, Error> {
         let c = sizes.width;
         let ffn = |name: &str| format!("blocks.{layer}.ffn.{name}");
         let (inner, _) = loader.matrix_shape(&ffn("key.weight"))?;
@@ -250,6 +259,20 @@ impl ChannelMix {
             value: Linear::load(loader, &ffn("value.weight"), c, inner, Orientation::OutIn)?,
         })
     }
+
+    /// Channels between the two linear layers.
+    pub fn inner(&self) -> usize {
+        self.key.outputs()
+    }
+
+    /// `x [N, C]` → `relu(x · K)² [N, inner]`, what goes into `value`.
+    pub fn hidden(&self, x: &Tensor, step: &mut Step) -> Result<Tensor, Error> {
+        let shifted = token_shift(x, &self.x_k, 0, step)?.get(0)?;
+        let inner = step.work.scratch((step.tokens(), self.inner()))?;
+        self.key.forward(&shifted, &inner)?;
+        inner.inplace_op1(&Activation::ReluSquared)?;
+        Ok(inner)
+    }
 }
 
 impl Mixer for ChannelMix {
@@ -259,12 +282,8 @@ impl Mixer for ChannelMix {
     }
 
     fn forward(&self, x: &Tensor, step: &mut Step, _: &mut Carry) -> Result<Tensor, Error> {
-        let (tokens, width) = x.dims2()?;
-        let shifted = token_shift(x, &self.x_k, 0, step)?.get(0)?;
-        let inner = step.work.scratch((tokens, self.key.outputs()))?;
-        self.key.forward(&shifted, &inner)?;
-        inner.inplace_op1(&Activation::ReluSquared)?;
-        let out = step.work.scratch((tokens, width))?;
+        let inner = self.hidden(x, step)?;
+        let out = step.work.scratch(x.shape())?;
         self.value.forward(&inner, &out)?;
         Ok(out)
     }

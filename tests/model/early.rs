@@ -26,7 +26,7 @@ fn ones(shape: &[usize]) -> Tensor {
 }
 
 /// The logits after each token, and the state at the end.
-fn run(model: &mut Model, tokens: &[u32], chunk: usize) -> (Vec<Vec<f32>>, Vec<SegmentData>) {
+pub fn run(model: &mut Model, tokens: &[u32], chunk: usize) -> (Vec<Vec<f32>>, Vec<SegmentData>) {
     let mut pool = model.pool(1).expect("a pool");
     pool.reset(SlotId(0));
     let mut logits = Vec::new();
@@ -59,7 +59,7 @@ fn a_sequence_of_v1_ends_with_its_context() {
 
 #[test]
 fn several_rows_fork_one_log() {
-    for name in ["v1_fp32", "v3_fp32"] {
+    for name in ["v1_fp32", "v3_fp32", "v7b_bf16", "v8_rc00_hybrid_bf16"] {
         let case = case(name);
         let (_, mut model) = models(&case).remove(0);
         let mut pool = model.pool(4).expect("a pool");
@@ -168,9 +168,14 @@ fn parts_that_are_unknown_or_missing_are_named() {
         Err(e) => e.to_string(),
     };
     let v1 = case("v1_fp32");
+    let other = "blocks.1.attn.head_mix.weight";
+    let message = refusal(&v1, &|tensors| drop(tensors.insert(other.into(), ones(&[4, 4, 1, 1]))));
+    assert!(message.contains("no part of a v1 model") && message.contains(other), "{message}");
     let tiny = "blocks.1.attn.tiny_att.qkv.weight";
     let message = refusal(&v1, &|tensors| drop(tensors.insert(tiny.into(), ones(&[48, 64]))));
-    assert!(message.contains("no part of a v1 model") && message.contains(tiny), "{message}");
+    assert!(message.contains("`blocks.1.attn.tiny_att.qkv.bias` is missing"), "{message}");
+    let message = refusal(&v1, &|tensors| drop(tensors.insert(tiny.into(), ones(&[47, 64]))));
+    assert!(message.contains(&format!("`{tiny}` has shape [47, 64]")), "{message}");
     for name in ["time_out", "head_q.bias", "blocks.2.attn.time_gamma", "copy_mask"] {
         let message = refusal(&v1, &|tensors| drop(tensors.remove(name)));
         assert!(message.contains(&format!("`{name}` is missing")), "{message}");

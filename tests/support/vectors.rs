@@ -63,6 +63,9 @@ impl Case {
             let copied = entries.flat_map(|(key, &id)| key.iter().copied().chain([id as f32]));
             states.insert("head.copy".into(), copied.collect());
         }
+        if ["v7b", "v8_rc00_hybrid"].iter().any(|version| json["version"] == *version) {
+            states = by_segment(&states, &tokens, json["n_layer"].as_u64().expect("n_layer") as usize);
+        }
         Self {
             folder: folder.to_owned(),
             tokens,
@@ -78,14 +81,14 @@ impl Case {
     }
 
     /// What the model's `n`-th segment should hold after the last token. Most files number the segments; those of the
-    /// early generations name them as the original code does.
+    /// early generations name them as the original code does, and some were given the segments' names.
     pub fn state(&self, n: usize, segment: &str) -> &[f32] {
         let original = match segment.split('.').collect::<Vec<_>>()[..] {
             ["blocks", layer, part, "shift"] => format!("xx.{part}.{layer}"),
             ["blocks", layer, part, name] => format!("{name}.{part}.{layer}"),
             _ => segment.to_owned(),
         };
-        let found = self.states.get(&n.to_string()).or_else(|| self.states.get(&original));
+        let found = [segment, &n.to_string(), &original].into_iter().find_map(|name| self.states.get(name));
         found.unwrap_or_else(|| panic!("{} has a state {n} or {original}", self.name()))
     }
 
@@ -94,6 +97,29 @@ impl Case {
         let all = self.logits.iter().flatten();
         (all.clone().map(|v| v * v).sum::<f32>() / all.count() as f32).sqrt()
     }
+}
+
+/// The states of a generation with attention over the text, by the names of segments. The original code has one list of
+/// token ids and, layer by layer, keys and values behind each other; here each layer's entries begin with the ids.
+fn by_segment(states: &BTreeMap<String, Vec<f32>>, tokens: &[u32], layers: usize) -> BTreeMap<String, Vec<f32>> {
+    let state = |n: usize| states[&n.to_string()].clone();
+    let mut named = BTreeMap::new();
+    for layer in 0..layers {
+        for (n, name) in ["att.shift", "att.wkv", "ffn.shift"].into_iter().enumerate() {
+            named.insert(format!("blocks.{layer}.{name}"), state(3 * layer + n));
+        }
+        let [keys, values] = [1, 2].map(|n| state(3 * layers + n + 2 * layer));
+        let entry = |(t, &id): (usize, &u32)| {
+            let of = |all: &[f32]| all.chunks(all.len() / tokens.len()).nth(t).expect("one for each token").to_vec();
+            [vec![id as f32], of(&keys), of(&values)].concat()
+        };
+        named.insert(format!("blocks.{layer}.qkv.text"), tokens.iter().enumerate().flat_map(entry).collect());
+        // The original code has room for 12 layers' keys and values before the queries.
+        if let Some(shift) = states.get(&(3 * layers + 25 + layer).to_string()) {
+            named.insert(format!("blocks.{layer}.qkv.shift"), shift.clone());
+        }
+    }
+    named
 }
 
 pub fn flat(tensor: &Tensor) -> Vec<f32> {
