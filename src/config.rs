@@ -8,6 +8,7 @@ use crate::api::{ApiLimits, Key};
 use crate::session::TurnLimits;
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
+use crate::types::InitialName;
 
 /// Everything that can be configured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -93,12 +94,23 @@ pub struct Model {
     /// A state-tuned file that fresh sequences start from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state: Option<PathBuf>,
+    /// Further state-tuned files, which requests begin from by name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub initial_state: Vec<InitialState>,
     /// `world`, `bytes`, or a `tokenizer.json` or vocabulary file; none = beside the model, or by its vocabulary's size.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
     /// A built-in profile's name, or a whole profile; none = by the tokenizer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub profile: Option<ProfileChoice>,
+}
+
+/// A state-tuned file and the name that requests give in `initial_state`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InitialState {
+    pub name: InitialName,
+    pub file: PathBuf,
 }
 
 /// How a model talks.
@@ -117,6 +129,7 @@ pub struct Flags {
     pub port: Option<u16>,
     pub state_dir: Option<String>,
     pub model: Option<PathBuf>,
+    pub state: Option<PathBuf>,
     pub tokenizer: Option<String>,
     pub profile: Option<String>,
 }
@@ -172,6 +185,9 @@ impl Config {
         if self.model.is_empty() {
             self.model.push(Model::default());
         }
+        if let Some(state) = &flags.state {
+            self.model[0].state = Some(state.clone());
+        }
         if let Some(tokenizer) = &flags.tokenizer {
             self.model[0].tokenizer = Some(tokenizer.clone());
         }
@@ -223,6 +239,12 @@ impl Config {
             }
             if model.lora.is_some() != model.lora_alpha.is_some() {
                 return wrong(&format!("model.{n}.lora_alpha"), "and `lora` go together: the alpha is in no LoRA file");
+            }
+            for (i, InitialState { name, .. }) in model.initial_state.iter().enumerate() {
+                if model.initial_state[..i].iter().any(|other| other.name == *name) {
+                    let why = format!("has the name `{name}`, which another initial state of this model has");
+                    return wrong(&format!("model.{n}.initial_state.{i}"), &why);
+                }
             }
         }
         Ok(())
@@ -288,8 +310,19 @@ mod tests {
     }
 
     #[test]
+    fn flags_say_what_is_added_to_the_first_model() {
+        let toml = "[[model]]\nlora = \"a.pth\"\nlora_alpha = 16\nstate = \"s.pth\"\n[[model]]\nname = \"b\"\n\
+                    [[model.initial_state]]\nname = \"poet\"\nfile = \"poet.pth\"\n";
+        let models = load(toml, &[], Flags { state: Some("t.pth".into()), ..Flags::default() }).expect("valid").model;
+        assert_eq!((models[0].state.clone(), models[1].state.clone()), (Some("t.pth".into()), None));
+        let poet = InitialState { name: InitialName::parse("poet").expect("a name"), file: "poet.pth".into() };
+        assert_eq!(models[1].initial_state, [poet]);
+    }
+
+    #[test]
     fn a_wrong_value_is_named() {
         let hash = "0".repeat(64);
+        let poets = format!("[[model]]\n{}", "[[model.initial_state]]\nname = 'poet'\nfile = 'x'\n".repeat(2));
         let twice = format!("[[key]]\nname='a'\nhash='{hash}'\ntenant='t'\n").repeat(2);
         for (toml, names) in [
             ("[server]\nport = \"many\"\n", "server.port"),
@@ -300,6 +333,11 @@ mod tests {
             ("[server]\nhost = \"my house\"\n", "server.host"),
             ("[[model]]\nname = \"a\"\n[[model]]\nname = \"a\"\n", "`a`"),
             ("[[model]]\nlora = \"x\"\n", "lora_alpha"),
+            ("[[model]]\n[[model.initial_state]]\nname = \"a b\"\nfile = \"x\"\n", "initial state must be 1 to 128"),
+            ("[[model]]\n[[model.initial_state]]\nname = \"\"\nfile = \"x\"\n", "initial state must be 1 to 128"),
+            ("[[model]]\n[[model.initial_state]]\nname = \"a\"\n", "file"),
+            ("[[model]]\n[[model.initial_state]]\nname = \"a\"\nfile = \"x\"\nfiel = 1\n", "fiel"),
+            (&poets, "model.0.initial_state.1"),
             ("[[model]]\nquantize = \"q8_0\"\n", "quantize"),
             ("[[key]]\nname = \"a\"\nhash = \"xyz\"\ntenant = \"t\"\n", "hash"),
             (&twice, "key.1"),
