@@ -111,6 +111,9 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
             anyhow::ensure!(metadata.is_file(), "{shown} is not a regular file");
             fs::File::open(file).with_context(|| format!("cannot open {shown}"))?;
         }
+        if let Some(lora) = &model.lora {
+            Lora::open(lora, model.lora_alpha)?;
+        }
         if let Some(ProfileChoice::Named(name)) = &model.profile {
             builtin_profile(name)?;
         }
