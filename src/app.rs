@@ -16,7 +16,7 @@ use crate::config::{self, Config, ProfileChoice};
 use crate::engine::{Handle, ModelBackend};
 use crate::model::{self, Checkpoint, LoadOptions, Lora, TensorInfo};
 use crate::scheduler::Limits;
-use crate::session::{Model, ModelCard, Sessions};
+use crate::session::{InitialStates, Model, ModelCard, Sessions};
 use crate::state::{Archive, InMemory, Local, Store};
 use crate::telemetry::{clock, metrics};
 use crate::text::{self, Profile, Tokenizer};
@@ -106,11 +106,15 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
     for model in &config.model {
         let tokenizer =
             model.tokenizer.as_ref().filter(|t| !["world", "bytes"].contains(&t.as_str())).map(PathBuf::from);
-        for file in [&model.file, &model.lora, &model.state, &tokenizer].into_iter().flatten() {
+        let given = [&model.file, &model.lora, &model.state, &tokenizer].into_iter().flatten();
+        for file in given.chain(model.initial_state.iter().map(|state| &state.file)) {
             let shown = file.display();
             let metadata = fs::metadata(file).with_context(|| format!("cannot open {shown}"))?;
             anyhow::ensure!(metadata.is_file(), "{shown} is not a regular file");
             fs::File::open(file).with_context(|| format!("cannot open {shown}"))?;
+        }
+        if let Some(lora) = &model.lora {
+            Lora::open(lora, model.lora_alpha)?;
         }
         if let Some(ProfileChoice::Named(name)) = &model.profile {
             builtin_profile(name)?;
@@ -143,6 +147,7 @@ fn load_model(
     let opened = open(config, &|done, all| progress(&name, done, all));
     let Opened { model, text, profile, .. } = opened.with_context(|| format!("loading model `{name}`"))?;
 
+    let initial = initial_states(config, &model).with_context(|| format!("loading model `{name}`"))?;
     let d = model.description().clone();
     let seats = engine.seats;
     let backend = ModelBackend::new(model, 2 * seats, threads.clone())?;
@@ -165,8 +170,20 @@ fn load_model(
         stop: profile.stop.clone(),
         stop_tokens: profile.stop_tokens.clone(),
         sampling: profile.sampling.sampling(),
+        initial_states: initial.names(),
     };
-    Ok(Model { card, engine, text, profile, seats })
+    Ok(Model { card, engine, text, profile, initial, seats })
+}
+
+/// The states that sequences of `model` can begin from.
+fn initial_states(config: &config::Model, model: &model::Model) -> anyhow::Result<InitialStates> {
+    let mut states = InitialStates::new(&model.fresh()?);
+    for config::InitialState { name, file } in &config.initial_state {
+        let state = Checkpoint::open(file).and_then(|file| model.initial_state(&file));
+        let state = state.with_context(|| format!("the initial state `{name}` ({})", file.display()))?;
+        states.add(name.clone(), state);
+    }
+    Ok(states)
 }
 
 /// A model to compute with, and how it speaks.

@@ -8,6 +8,7 @@ use crate::api::{ApiLimits, Key};
 use crate::session::TurnLimits;
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
+use crate::types::InitialName;
 
 /// Everything that can be configured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -85,20 +86,32 @@ pub struct Model {
     /// A `.safetensors` or `.pth` file; none = the embedded model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
-    /// A LoRA adapter to merge, with the alpha it was trained with.
+    /// A LoRA adapter to merge.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora: Option<PathBuf>,
+    /// The alpha it was trained with; none = as its `adapter_config.json` says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_alpha: Option<f32>,
     /// A state-tuned file that fresh sequences start from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state: Option<PathBuf>,
+    /// Further state-tuned files, which requests begin from by name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub initial_state: Vec<InitialState>,
     /// `world`, `bytes`, or a `tokenizer.json` or vocabulary file; none = beside the model, or by its vocabulary's size.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
     /// A built-in profile's name, or a whole profile; none = by the tokenizer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub profile: Option<ProfileChoice>,
+}
+
+/// A state-tuned file and the name that requests give in `initial_state`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InitialState {
+    pub name: InitialName,
+    pub file: PathBuf,
 }
 
 /// How a model talks.
@@ -117,6 +130,9 @@ pub struct Flags {
     pub port: Option<u16>,
     pub state_dir: Option<String>,
     pub model: Option<PathBuf>,
+    pub lora: Option<PathBuf>,
+    pub lora_alpha: Option<f32>,
+    pub state: Option<PathBuf>,
     pub tokenizer: Option<String>,
     pub profile: Option<String>,
 }
@@ -172,6 +188,16 @@ impl Config {
         if self.model.is_empty() {
             self.model.push(Model::default());
         }
+        if let Some(lora) = &flags.lora {
+            // The alpha that is configured belongs to another adapter.
+            (self.model[0].lora, self.model[0].lora_alpha) = (Some(lora.clone()), None);
+        }
+        if flags.lora_alpha.is_some() {
+            self.model[0].lora_alpha = flags.lora_alpha;
+        }
+        if let Some(state) = &flags.state {
+            self.model[0].state = Some(state.clone());
+        }
         if let Some(tokenizer) = &flags.tokenizer {
             self.model[0].tokenizer = Some(tokenizer.clone());
         }
@@ -221,8 +247,14 @@ impl Config {
                     return wrong(&format!("model.{n}"), &format!("has the name `{name}`, which another model has"));
                 }
             }
-            if model.lora.is_some() != model.lora_alpha.is_some() {
-                return wrong(&format!("model.{n}.lora_alpha"), "and `lora` go together: the alpha is in no LoRA file");
+            if model.lora.is_none() && model.lora_alpha.is_some() {
+                return wrong(&format!("model.{n}.lora_alpha"), "is the alpha of an adapter, and `lora` names none");
+            }
+            for (i, InitialState { name, .. }) in model.initial_state.iter().enumerate() {
+                if model.initial_state[..i].iter().any(|other| other.name == *name) {
+                    let why = format!("has the name `{name}`, which another initial state of this model has");
+                    return wrong(&format!("model.{n}.initial_state.{i}"), &why);
+                }
             }
         }
         Ok(())
@@ -288,8 +320,30 @@ mod tests {
     }
 
     #[test]
+    fn flags_say_what_is_added_to_the_first_model() {
+        let toml = "[[model]]\nlora = \"a.pth\"\nlora_alpha = 16\nstate = \"s.pth\"\n[[model]]\nname = \"b\"\n\
+                    [[model.initial_state]]\nname = \"poet\"\nfile = \"poet.pth\"\n";
+        let lora = |flags: Flags| {
+            let first = load(toml, &[], flags).expect("valid").model.remove(0);
+            (first.lora.expect("one of both"), first.lora_alpha)
+        };
+        assert_eq!(lora(Flags::default()), ("a.pth".into(), Some(16.0)));
+        assert_eq!(lora(Flags { lora_alpha: Some(8.0), ..Flags::default() }), ("a.pth".into(), Some(8.0)));
+        // The alpha in the file is another adapter's.
+        assert_eq!(lora(Flags { lora: Some("b.pth".into()), ..Flags::default() }), ("b.pth".into(), None));
+        let both = Flags { lora: Some("b.pth".into()), lora_alpha: Some(4.0), ..Flags::default() };
+        assert_eq!(lora(both), ("b.pth".into(), Some(4.0)));
+
+        let models = load(toml, &[], Flags { state: Some("t.pth".into()), ..Flags::default() }).expect("valid").model;
+        assert_eq!((models[0].state.clone(), models[1].state.clone()), (Some("t.pth".into()), None));
+        let poet = InitialState { name: InitialName::parse("poet").expect("a name"), file: "poet.pth".into() };
+        assert_eq!(models[1].initial_state, [poet]);
+    }
+
+    #[test]
     fn a_wrong_value_is_named() {
         let hash = "0".repeat(64);
+        let poets = format!("[[model]]\n{}", "[[model.initial_state]]\nname = 'poet'\nfile = 'x'\n".repeat(2));
         let twice = format!("[[key]]\nname='a'\nhash='{hash}'\ntenant='t'\n").repeat(2);
         for (toml, names) in [
             ("[server]\nport = \"many\"\n", "server.port"),
@@ -299,7 +353,12 @@ mod tests {
             ("[engine]\nseats = 0\n", "engine.seats"),
             ("[server]\nhost = \"my house\"\n", "server.host"),
             ("[[model]]\nname = \"a\"\n[[model]]\nname = \"a\"\n", "`a`"),
-            ("[[model]]\nlora = \"x\"\n", "lora_alpha"),
+            ("[[model]]\nlora_alpha = 16\n", "lora_alpha"),
+            ("[[model]]\n[[model.initial_state]]\nname = \"a b\"\nfile = \"x\"\n", "initial state must be 1 to 128"),
+            ("[[model]]\n[[model.initial_state]]\nname = \"\"\nfile = \"x\"\n", "initial state must be 1 to 128"),
+            ("[[model]]\n[[model.initial_state]]\nname = \"a\"\n", "file"),
+            ("[[model]]\n[[model.initial_state]]\nname = \"a\"\nfile = \"x\"\nfiel = 1\n", "fiel"),
+            (&poets, "model.0.initial_state.1"),
             ("[[model]]\nquantize = \"q8_0\"\n", "quantize"),
             ("[[key]]\nname = \"a\"\nhash = \"xyz\"\ntenant = \"t\"\n", "hash"),
             (&twice, "key.1"),

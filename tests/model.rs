@@ -1,5 +1,7 @@
 //! The four laws of every generation, on golden vectors of the original code.
 
+#[path = "model/adapters.rs"]
+mod adapters;
 #[path = "model/early.rs"]
 mod early;
 #[path = "model/growing.rs"]

@@ -8,6 +8,8 @@ mod conformance;
 mod durability;
 #[path = "server/errors.rs"]
 mod errors;
+#[path = "server/initial.rs"]
+mod initial;
 #[path = "server/laws.rs"]
 mod laws;
 #[path = "server/process.rs"]

@@ -77,6 +77,7 @@ fn turn(n: u64) -> TurnRecord {
         parent: (n > 0).then(|| id(n - 1)),
         model: "demo".into(),
         fingerprint: "b3".into(),
+        beginning: None,
         messages: Vec::new(),
         text: Some(format!("text {n}")),
         answer: "answer".into(),

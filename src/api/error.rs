@@ -112,6 +112,9 @@ impl Error {
                 S::StateNotFound(_) => Wire::new(404, "state_not_found").param(Some("state_id")),
                 S::SessionNotFound(_) => Wire::new(404, "session_not_found").param(Some("session_id")),
                 S::StateModelMismatch { .. } => Wire::new(409, "state_model_mismatch").param(Some("state_id")).last(),
+                S::InitialStateMismatch { .. } => {
+                    Wire::new(409, "initial_state_mismatch").param(Some("session_id")).last()
+                }
                 S::SessionBusy(_) => Wire::new(409, "session_busy").param(Some("session_id")).last(),
                 S::SessionConflict { .. } => Wire::new(412, "session_conflict").param(Some("session_id")),
                 S::StateDamaged(..) => Wire::new(500, "state_damaged").param(Some("state_id")).shown().last(),
@@ -241,7 +244,7 @@ pub enum Refusals {
 #[derive(IntoResponses)]
 #[allow(dead_code, reason = "only for the documentation")]
 pub enum Conflicts {
-    /// `state_model_mismatch` or `session_busy`, with `x-should-retry: false`.
+    /// `state_model_mismatch`, `initial_state_mismatch` or `session_busy`, with `x-should-retry: false`.
     #[response(status = 409)]
     Conflict(ErrorBody),
     /// `session_conflict`: the session's head is not what `If-Match` says.
@@ -279,11 +282,13 @@ mod tests {
         let session = SessionId::parse("s").unwrap();
         let mismatch = S::StateModelMismatch { state_model: "a".into(), model: "b".into() };
         let conflict = S::SessionConflict { session: session.clone(), head: state.to_string() };
-        let cases: [(Error, u16, &str, Option<&str>); 17] = [
+        let beginning = S::InitialStateMismatch { session: session.clone(), began_from: "elsewhere".into() };
+        let cases: [(Error, u16, &str, Option<&str>); 18] = [
             (S::ModelNotFound("x".into()).into(), 404, "model_not_found", Some("model")),
             (S::StateNotFound(state.clone()).into(), 404, "state_not_found", Some("state_id")),
             (S::SessionNotFound(session.clone()).into(), 404, "session_not_found", Some("session_id")),
             (mismatch.into(), 409, "state_model_mismatch", Some("state_id")),
+            (beginning.into(), 409, "initial_state_mismatch", Some("session_id")),
             (S::SessionBusy(session).into(), 409, "session_busy", Some("session_id")),
             (conflict.into(), 412, "session_conflict", Some("session_id")),
             (S::StateDamaged(state, "checksum".into()).into(), 500, "state_damaged", Some("state_id")),

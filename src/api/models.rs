@@ -55,6 +55,8 @@ pub struct ModelDetails {
     pub stop_tokens: Vec<u32>,
     /// Defaults of sampling parameters.
     pub sampling: SamplingDefaults,
+    /// Initial states that a request may name in `initial_state`.
+    pub initial_states: Vec<String>,
 }
 
 /// Values of sampling parameters that a request leaves out.
@@ -97,6 +99,7 @@ impl From<ModelCard> for Model {
             stop: card.stop,
             stop_tokens: card.stop_tokens,
             sampling,
+            initial_states: card.initial_states,
         };
         Self { id: card.id, object: "model", created: card.created, owned_by: "rewake", rewake }
     }

@@ -17,6 +17,16 @@ pub struct Args {
     /// Checkpoint to serve (.safetensors or .pth) [default: the embedded demonstration model]
     #[arg(long, value_name = "FILE")]
     model: Option<PathBuf>,
+    /// LoRA adapter to merge into the checkpoint as it is loaded (.safetensors or .pth)
+    #[arg(long, value_name = "FILE")]
+    lora: Option<PathBuf>,
+    /// The alpha that adapter was trained with [default: as the adapter_config.json beside it says]
+    #[arg(long, value_name = "ALPHA")]
+    lora_alpha: Option<f32>,
+    /// State-tuned file that every new text begins from; further ones, by name for a request, stand in the configuration
+    /// file ([[model.initial_state]])
+    #[arg(long, value_name = "FILE")]
+    state: Option<PathBuf>,
     /// `world`, `bytes`, a tokenizer.json or a vocabulary file [default: chosen by the checkpoint]
     #[arg(long, value_name = "NAME|FILE")]
     tokenizer: Option<String>,
@@ -39,8 +49,8 @@ pub struct Args {
 
 /// Serves until the process is told to stop.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let Args { model, tokenizer, profile, host, port, state_dir, config } = args;
-    let flags = Flags { config, host, port, state_dir, model, tokenizer, profile };
+    let Args { model, lora, lora_alpha, state, tokenizer, profile, host, port, state_dir, config } = args;
+    let flags = Flags { config, host, port, state_dir, model, lora, lora_alpha, state, tokenizer, profile };
     // `vars` panics on a name that is not Unicode; such a variable is none of ours.
     let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
     let config = Config::load(&flags, environment)?;

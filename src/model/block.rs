@@ -8,7 +8,7 @@ use super::pool::Pool;
 use super::weights::{Checkpoint, Loader};
 use super::workspace::Workspace;
 use super::{ARITHMETIC, Error};
-use crate::types::{Row, Segment, SegmentData, Want};
+use crate::types::{Row, Segment, SegmentData, SlotId, Want};
 
 /// Half of a block: reads its share of a sequence's state and the tokens before, gives what is added to the residual.
 pub trait Mixer: Send {
@@ -293,6 +293,21 @@ impl Model {
     /// A pool of `slots` states of this model.
     pub fn pool(&self, slots: usize) -> Result<Pool, Error> {
         Pool::new(&self.segments, &self.initial, slots)
+    }
+
+    /// The state of a fresh sequence, in segment order.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn fresh(&self) -> Result<Vec<SegmentData>, Error> {
+        self.fresh_from(&self.initial)
+    }
+
+    /// As [`fresh`](Self::fresh), of a sequence that starts from `initial` instead of the model's own.
+    pub(super) fn fresh_from(&self, initial: &[SegmentData]) -> Result<Vec<SegmentData>, Error> {
+        let (mut pool, slot) = (Pool::new(&self.segments, initial, 1)?, SlotId(0));
+        pool.reset(slot);
+        Ok(pool.snapshot(slot))
     }
 
     /// Runs one step: reads and writes the rows' slots of `pool`, and appends the logits that rows want to `logits`,

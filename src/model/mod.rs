@@ -61,8 +61,15 @@ pub enum Error {
     NotFinite { name: String, at: usize, value: f32 },
     #[error("tensors that are no part of a {generation} model: {names}")]
     Unexpected { generation: &'static str, names: String },
-    #[error("a LoRA file holds no alpha, and it is never guessed: give one (`lora_alpha`)")]
+    #[error(
+        "a LoRA file holds no alpha, and it is never guessed: give the one it was trained with (`--lora-alpha`, or \
+         `lora_alpha` in the configuration), or put the adapter's adapter_config.json beside the file"
+    )]
     LoraAlpha,
+    #[error(
+        "{path} does not tell the LoRA's alpha: {why}; correct it, or give the alpha (`--lora-alpha`, `lora_alpha`)"
+    )]
+    LoraConfig { path: String, why: String },
     #[error("token id {id} is outside the vocabulary of {vocabulary}")]
     TokenRange { id: u32, vocabulary: usize },
     #[error("state segment `{0}` does not fit this model: {1}")]

@@ -62,9 +62,7 @@ pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Err
     let mut initial = time_states(&loader, generation, &model)?;
     let fingerprint = loader.finish()?;
     if let Some(file) = options.initial_state {
-        let loader = Loader::new(file, generation.name, &|_, _| {});
-        initial = time_states(&loader, generation, &model)?;
-        loader.finish()?;
+        initial = state_tuned(file, generation, &model)?;
     }
     model.complete(fingerprint, initial);
     Ok(model)
@@ -76,6 +74,32 @@ pub fn generation(checkpoint: &Checkpoint) -> Result<&'static Generation, Error>
         let known: Vec<_> = GENERATIONS.iter().map(|g| g.name).collect();
         Error::Unknown(format!("its tensor names are of no known generation ({})", known.join(", ")))
     })
+}
+
+impl Model {
+    /// The state of a fresh sequence that starts from a state-tuned `file` (`blocks.N.att.time_state` of every layer)
+    /// instead of the model's own initial state: what [`LoadOptions::initial_state`] would make every sequence start from.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing, misshapen, not finite or not expected.
+    pub fn initial_state(&self, file: &Checkpoint) -> Result<Vec<SegmentData>, Error> {
+        let name = self.description().generation;
+        let generation =
+            GENERATIONS.iter().find(|g| g.name == name).expect("every model is of a generation listed here");
+        self.fresh_from(&state_tuned(file, generation, self)?)
+    }
+}
+
+/// Reads a file that holds a state-tuned initial state and nothing else.
+fn state_tuned(file: &Checkpoint, generation: &Generation, model: &Model) -> Result<Vec<SegmentData>, Error> {
+    let loader = Loader::new(file, generation.name, &|_, _| {});
+    let states = time_states(&loader, generation, model)?;
+    if states.is_empty() && generation.time_state.is_some() {
+        let (name, expected) = ("blocks.0.att.time_state".into(), "[H, N, N], as in every state-tuned file".into());
+        return Err(Error::Missing { name, generation: generation.name, expected });
+    }
+    loader.finish()?;
+    Ok(states)
 }
 
 /// Reads the skeleton's tensors, and through `generation` the mixers and the head.

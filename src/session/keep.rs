@@ -8,13 +8,15 @@ use super::{Input, Model, Prompt, StateError, StateReceipt, Turn};
 use crate::engine::Kept;
 use crate::state::{self, Archive, Commit};
 use crate::telemetry::{clock, metrics};
-use crate::types::{Finish, Memory, Message, Snapshot, SnapshotHead, StateId, TurnRecord, TurnUsage};
+use crate::types::{Beginning, Finish, Memory, Message, Snapshot, SnapshotHead, StateId, TurnRecord, TurnUsage};
 
 /// Everything about a turn that its stored state and record say.
 pub(super) struct Keeper {
     pub archive: Archive,
     pub model: Arc<Model>,
     pub parent: Option<Parent>,
+    /// What a turn without a parent began from.
+    pub beginning: Option<Beginning>,
     /// Until its turn has ended.
     pub session: Option<Session>,
     pub created: u64,
@@ -107,6 +109,7 @@ impl Keeper {
             parent: self.parent.as_ref().map(|p| p.id.clone()),
             model: self.model.card.id.clone(),
             fingerprint: self.model.card.fingerprint.clone(),
+            beginning: self.beginning.clone(),
             messages,
             text,
             answer,

@@ -1,5 +1,6 @@
 //! L3: use-cases. Resume a state, tokenise only what is new, submit it, stream, keep the child, commit the turn.
 
+mod initial;
 mod keep;
 mod origin;
 mod prompt;
@@ -21,6 +22,7 @@ use crate::state::{self, Archive};
 use crate::text::{Profile, Tokenizer};
 use crate::types::{Message, Sampling, SessionId, StateId, Tenant, TurnUsage};
 
+pub use initial::InitialStates;
 pub use turn::{Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
 
 /// What is known of a served model.
@@ -49,6 +51,8 @@ pub struct ModelCard {
     pub stop_tokens: Vec<u32>,
     /// The profile's sampling defaults.
     pub sampling: Sampling,
+    /// Names of the initial states that requests can begin from.
+    pub initial_states: Vec<String>,
 }
 
 /// A page of a listing, oldest first.
@@ -144,6 +148,7 @@ pub struct Model {
     pub engine: engine::Handle,
     pub text: Arc<dyn Tokenizer>,
     pub profile: Profile,
+    pub initial: InitialStates,
     /// Choices that can run at once.
     pub seats: usize,
 }

@@ -110,9 +110,13 @@ impl Sessions {
         if ids.len() as u64 != entry.record.tokens {
             return Err(Error::StateNotFound(state));
         }
+        let beginning = turns.first().and_then(|entry| entry.record.beginning.as_ref());
+        let segments = model.initial.again(beginning);
+        let segments =
+            segments.map_err(|began_from| Error::InitialStateMismatch { session: id.clone(), began_from })?.to_vec();
         tracing::warn!(session = %id, state = %state, tokens = ids.len(), "reading a session again: its snapshot is gone");
         let pending = Pending { ends: ids, ..Default::default() };
-        let memory = Arc::new(Memory { pending, ..Memory::default() });
+        let memory = Arc::new(Memory { segments, pending, ..Memory::default() });
         Ok(Parent { id: state, turn: entry.turn - entry.first + 1, memory })
     }
 }

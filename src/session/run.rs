@@ -6,6 +6,7 @@ use std::sync::Arc;
 use futures::stream::{self, SelectAll, StreamExt};
 use tokio::sync::mpsc;
 
+use super::initial::Fresh;
 use super::keep::{Keeper, said};
 use super::origin::Origin;
 use super::prompt::{self, Reading};
@@ -31,21 +32,7 @@ impl Sessions {
             return Ok(replayed);
         }
         origin.check(&turn.start)?;
-        if turn.initial_state.as_ref().is_some_and(|_| origin.parent.is_some()) {
-            return invalid(
-                "initial_state",
-                "a state or session that exists has its own beginning; leave initial_state out",
-            );
-        }
-        if let Some(name) = &turn.initial_state {
-            return invalid("initial_state", &format!("no initial state `{name}` is configured for this model"));
-        }
-        if origin.parent.is_none() && turn.input == Input::Chat(Vec::new()) {
-            return invalid(
-                "messages",
-                "there is nothing to answer: messages may be empty only when a conversation goes on",
-            );
-        }
+        let fresh = fresh(&turn, &model, &origin)?;
         let memory = origin.parent.as_ref().map(|p| p.memory.clone());
         let (turn, readings) = {
             let (model, memory) = (model.clone(), memory.clone());
@@ -61,6 +48,7 @@ impl Sessions {
         let consumed = origin.parent.as_ref().map_or(0, |p| p.memory.consumed);
         let max_tokens = self.check(&turn, &model, consumed, &readings)?;
 
+        let memory = memory.or_else(|| fresh.as_ref().and_then(|fresh| fresh.memory.clone()));
         let jobs = jobs(&turn, &model, &readings, memory, max_tokens);
         if jobs.len() > model.engine.capacity() {
             let most = model.engine.capacity();
@@ -89,6 +77,7 @@ impl Sessions {
             model: model.clone(),
             parent: origin.parent,
             session: origin.session,
+            beginning: fresh.map(|fresh| fresh.beginning),
             created,
             expires_at: turn.ttl_s.or(self.default_ttl_s).map(|s| created.saturating_add(s)),
             prompt_tokens: consumed + readings.first().map_or(0, |r| r.ids.len() as u64),
@@ -149,12 +138,30 @@ impl Sessions {
             return Ok(None);
         };
         let record = &entry.record;
-        if said(model, &turn.input) != (record.messages.clone(), record.text.clone()) {
+        let begun_from = record.beginning.as_ref().and_then(|beginning| beginning.name.as_ref());
+        let said_then = (record.messages.clone(), record.text.clone());
+        if said(model, &turn.input) != said_then || turn.initial_state.as_ref() != begun_from {
             let why = "this key was used for another request of the session; a new request needs a new key";
             return invalid("idempotency-key", why);
         }
         Ok(replayed(entry, &session.id, model))
     }
+}
+
+/// What a turn without a parent begins from; `None` for a turn that has one.
+fn fresh(turn: &Turn, model: &Model, origin: &Origin) -> Result<Option<Fresh>, Error> {
+    if origin.parent.is_none() {
+        if turn.input == Input::Chat(Vec::new()) {
+            let why = "there is nothing to answer: messages may be empty only when a conversation goes on";
+            return invalid("messages", why);
+        }
+        return model.initial.begin(turn.initial_state.as_deref()).map(Some);
+    }
+    if turn.initial_state.is_some() {
+        let why = "a state or session that exists has its own beginning; leave `initial_state` out";
+        return invalid("initial_state", why);
+    }
+    Ok(None)
 }
 
 /// A committed turn as a running one.
@@ -216,8 +223,8 @@ fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Mem
         for first_choice in (0..turn.choices).step_by(together) {
             let job = Job {
                 tenant: turn.tenant.clone(),
-                // Nothing of a memory that has read nothing is restored.
-                memory: memory.clone().filter(|m| m.consumed > 0),
+                // Without segments it begins as every fresh sequence of the model.
+                memory: memory.clone().filter(|m| !m.segments.is_empty()),
                 ids: reading.ids.clone(),
                 goes_on: reading.goes_on,
                 choices: together.min(turn.choices - first_choice),

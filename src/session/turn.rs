@@ -25,6 +25,7 @@ pub struct Turn {
     pub max_tokens: Option<u64>,
     pub store: bool,
     pub ttl_s: Option<u64>,
+    /// Name of the configured initial state that a fresh sequence begins from.
     pub initial_state: Option<String>,
     pub idempotency_key: Option<String>,
 }
@@ -124,6 +125,12 @@ pub enum Error {
         "the state belongs to other weights (model `{state_model}`) than `{model}` serves; resume it with the model that made it"
     )]
     StateModelMismatch { state_model: String, model: String },
+    /// A session's snapshot is lost, and what the session began from is not here to read it again.
+    #[error(
+        "the kept state of session `{session}` is gone, and its text cannot be read again: it began from {began_from}; \
+         configure that state again, or begin another session"
+    )]
+    InitialStateMismatch { session: SessionId, began_from: String },
     #[error("session `{0}` is running another turn; wait for it to end")]
     SessionBusy(SessionId),
     #[error("the head of session `{session}` is {head}, not what the turn was made conditional on")]

@@ -67,7 +67,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::types::{Message, Role, StateId, TurnUsage};
+    use crate::types::{Beginning, Message, Role, StateId, TurnUsage};
 
     fn entry() -> Entry {
         let record = TurnRecord {
@@ -75,6 +75,7 @@ mod tests {
             parent: None,
             model: "demo".into(),
             fingerprint: "f".into(),
+            beginning: Some(Beginning { name: Some("poet".into()), fingerprint: "b3".into() }),
             messages: vec![Message { role: Role::User, content: "line\nbreak \u{2028} ü".into(), name: None }],
             text: None,
             answer: "a".into(),
@@ -124,6 +125,16 @@ mod tests {
         let json = text.lines().next().unwrap().replace(r#""format":1"#, r#""format":2"#);
         let newer = format!("{json}\n{}\n", blake3::hash(json.as_bytes()).to_hex());
         assert!(decode(newer.as_bytes(), 4).unwrap_err().0.contains("version 2"));
+    }
+
+    #[test]
+    fn a_record_from_before_initial_states_is_read() {
+        let text = String::from_utf8(encode(&entry())).unwrap();
+        let json = text.lines().next().unwrap();
+        let older = json.replace(r#""beginning":{"name":"poet","fingerprint":"b3"},"#, "");
+        assert_ne!(older, json);
+        let bytes = format!("{older}\n{}\n", blake3::hash(older.as_bytes()).to_hex());
+        assert_eq!(decode(bytes.as_bytes(), 4).unwrap().record.beginning, None);
     }
 
     proptest! {

@@ -267,6 +267,7 @@ fn tombstone(now: u64) -> TurnRecord {
         parent: None,
         model: String::new(),
         fingerprint: String::new(),
+        beginning: None,
         messages: Vec::new(),
         text: None,
         answer: String::new(),

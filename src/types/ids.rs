@@ -72,6 +72,11 @@ text_id!(
     |s| made_of(s, 128, |b| b.is_ascii_alphanumeric() || b"_.:-".contains(&b))
 );
 text_id!(
+    /// The configured name of a state that fresh sequences can begin from.
+    InitialName, "the name of an initial state", "1 to 128 characters of A-Z, a-z, 0-9, _, ., : and -",
+    |s| made_of(s, 128, |b| b.is_ascii_alphanumeric() || b"_.:-".contains(&b))
+);
+text_id!(
     /// The name of one immutable snapshot: `st_`, 12 hex digits of milliseconds since 1970, 32 hex digits of randomness.
     /// Ids sort by the time they were made, so a listing by time is a range.
     StateId, "state_id", "st_ followed by 44 hexadecimal digits",

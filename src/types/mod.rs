@@ -6,8 +6,8 @@ mod snapshot;
 mod step;
 mod turn;
 
-pub use ids::{IdError, SeqId, SessionId, SlotId, StateId, Tenant};
+pub use ids::{IdError, InitialName, SeqId, SessionId, SlotId, StateId, Tenant};
 pub use sampling::Sampling;
 pub use snapshot::{Memory, Pending, SegmentData, Snapshot, SnapshotHead, TAIL};
 pub use step::{Row, Segment, Want};
-pub use turn::{Finish, Message, Role, TurnRecord, TurnUsage};
+pub use turn::{Beginning, Finish, Message, Role, TurnRecord, TurnUsage};

@@ -43,6 +43,16 @@ pub struct TurnUsage {
     pub completion_tokens: u64,
 }
 
+/// The state that a fresh sequence began from, before its first token.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Beginning {
+    /// Configured name of the initial state that the request asked for; `None` = the model's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// BLAKE3 of the state's values: the name may mean another file by the time the sequence is read again.
+    pub fingerprint: String,
+}
+
 /// The durable record of one committed turn of a session. The records of a session, in order, are the truth about
 /// it; snapshots are their durable cache.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,6 +62,10 @@ pub struct TurnRecord {
     pub parent: Option<StateId>,
     pub model: String,
     pub fingerprint: String,
+    /// What the session began from, in the record of its first turn. `None` there = recorded by a version that did not say:
+    /// the model's own initial state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beginning: Option<Beginning>,
     /// What the client sent: chat messages, or raw text.
     pub messages: Vec<Message>,
     pub text: Option<String>,

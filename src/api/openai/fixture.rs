@@ -25,6 +25,7 @@ pub fn card() -> ModelCard {
         stop: Vec::new(),
         stop_tokens: vec![0],
         sampling: Sampling { top_p: 0.5, penalty_decay: 0.996, ..Sampling::default() },
+        initial_states: Vec::new(),
     }
 }
 

@@ -74,7 +74,8 @@ pub struct Generation {
     /// Seconds until the stored state may be removed; the server's default otherwise.
     #[schema(minimum = 1)]
     pub state_ttl_s: Option<u64>,
-    /// Name of a configured initial state to begin from instead of zeros.
+    /// Begin from this configured initial state (a state-tuned file; `GET /v1/models/{id}` lists them) instead of the model's
+    /// own. Only for what begins here: with `state_id` or a session that exists it is refused.
     pub initial_state: Option<String>,
 }
 

@@ -93,6 +93,9 @@ fn check_config(path: &Path) -> Result<(), Error> {
         ("norm_eps", Value::from(1e-5)),
         ("hidden_act", Value::from("sqrelu")),
         ("norm_first", Value::from(true)),
+        // The group norm's epsilon is the trainer's, for which these stand.
+        ("head_size_divisor", Value::from(8)),
+        ("head_dim", Value::from(64)),
         ("attn", Value::Null),
     ] {
         if let Some(found) = config.get(key).filter(|found| !found.is_null() && **found != expected) {

@@ -4,13 +4,63 @@
 //! tensor of its name (RWKV-PEFT's convention).
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use serde::Deserialize;
 
 use super::{Checkpoint, TensorInfo};
 use crate::model::Error;
 use crate::model::kernels::Weight;
+
+/// What PEFT writes beside an adapter.
+const CONFIG: &str = "adapter_config.json";
+
+/// The part of a [`CONFIG`] that says how the adapter is scaled.
+#[derive(Deserialize)]
+struct AdapterConfig {
+    r: Option<usize>,
+    lora_alpha: Option<f32>,
+    /// Scales by `alpha / √r`.
+    use_rslora: Option<bool>,
+    /// Alphas of single layers.
+    alpha_pattern: Option<serde_json::Map<String, serde_json::Value>>,
+}
+
+/// The alpha in the [`CONFIG`] beside an adapter file; `None` without one, or when it names none.
+fn alpha_beside(path: &Path, tensors: &Checkpoint) -> Result<Option<f32>, Error> {
+    let path = path.with_file_name(CONFIG);
+    let shown = path.display().to_string();
+    let wrong = |why: String| Err(Error::LoraConfig { path: shown.clone(), why });
+    match std::fs::metadata(&path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        // Opening a pipe would wait for somebody to write to it.
+        Ok(metadata) if !metadata.is_file() => return wrong("it is not a regular file".into()),
+        Ok(_) | Err(_) => {}
+    }
+    let bytes = std::fs::read(&path).map_err(|e| Error::Unreadable { path: shown.clone(), why: e.to_string() })?;
+    let config: AdapterConfig = match serde_json::from_slice(&bytes) {
+        Ok(config) => config,
+        Err(e) => return wrong(e.to_string()),
+    };
+    if config.use_rslora == Some(true) {
+        return wrong(
+            "it scales by alpha / √r (`use_rslora`), and here alpha / r is computed: give its alpha times √r".into(),
+        );
+    }
+    if config.alpha_pattern.is_some_and(|layers| !layers.is_empty()) {
+        return wrong("it has an alpha for each layer (`alpha_pattern`), and one for all is supported".into());
+    }
+    let ranks = tensors.tensors().iter().filter(|(name, _)| name.ends_with(".lora_A"));
+    for (name, info) in ranks {
+        let (Some(r), Some(&rank)) = (config.r, info.shape.first()) else { continue };
+        if r != rank {
+            return wrong(format!("its `r` is {r}, but `{name}` has rank {rank}: it belongs to another adapter"));
+        }
+    }
+    Ok(config.lora_alpha)
+}
 
 /// An adapter and the scale its author trained it with.
 pub struct Lora {
@@ -19,10 +69,17 @@ pub struct Lora {
 }
 
 impl Lora {
-    /// Opens an adapter file. `alpha` is in no such file and must be given.
+    /// Opens an adapter file. `alpha` is in no such file: it is given, or stands in a [`CONFIG`] beside the file.
+    ///
+    /// # Errors
+    /// [`Error::LoraAlpha`] when it is nowhere, [`Error::LoraConfig`] when what stands beside the file does not fit it.
     pub fn open(path: &Path, alpha: Option<f32>) -> Result<Self, Error> {
-        let alpha = alpha.filter(|a| a.is_finite()).ok_or(Error::LoraAlpha)?;
-        Ok(Self { tensors: Checkpoint::open(path)?, alpha })
+        let tensors = Checkpoint::open(path)?;
+        let alpha = match alpha {
+            Some(alpha) => Some(alpha),
+            None => alpha_beside(path, &tensors)?,
+        };
+        Ok(Self { tensors, alpha: alpha.filter(|a| a.is_finite()).ok_or(Error::LoraAlpha)? })
     }
 
     /// Every tensor of the adapter must have its place in the base, with fitting shapes.

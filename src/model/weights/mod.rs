@@ -27,7 +27,7 @@ use file::{File, Place};
 use gguf::Gguf;
 pub use loader::Loader;
 pub use lora::Lora;
-use names::Origin;
+use names::{Origin, Said};
 
 /// Type and shape of a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,7 +72,13 @@ impl Checkpoint {
         }
         let wrong = |why| files[0].wrong(why);
         let all: Vec<_> = places.iter().map(|(_, place)| place).collect();
-        let reading = names::reading(&all, gguf.as_ref(), format == ggml::FORMAT).map_err(wrong)?;
+        let said = match &gguf {
+            Some(gguf) => Said::Gguf(gguf),
+            None if format == ggml::FORMAT => Said::RwkvCpp,
+            None if files[0].path.extension().is_some_and(|e| e == "st" || e == "state") => Said::WebRwkv,
+            None => Said::Nothing,
+        };
+        let reading = names::reading(&all, said).map_err(wrong)?;
         let origins = names::read(places, &*reading).map_err(wrong)?;
         if origins.is_empty() {
             return Err(wrong("it holds no tensors".into()));

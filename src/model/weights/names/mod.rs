@@ -7,6 +7,7 @@
 pub mod llama;
 pub mod rwkv_cpp;
 pub mod transformers;
+pub mod web_rwkv;
 
 use std::collections::BTreeMap;
 
@@ -139,15 +140,31 @@ pub fn read(places: Vec<(usize, Place)>, reading: &Reading) -> Result<BTreeMap<S
     Ok(tensors)
 }
 
-/// How these tensors are called: told by their names, and in GGUF files by what stands beside them.
-pub fn reading(places: &[&Place], gguf: Option<&Gguf>, rwkv_cpp: bool) -> Result<Box<Reading<'static>>, String> {
-    if let Some(gguf) = gguf {
-        let dialect = llama::Dialect::of(gguf)?;
-        return Ok(Box::new(move |place| dialect.read(place)));
+/// What a file says of its tensors beside their names.
+#[derive(Clone, Copy)]
+pub enum Said<'a> {
+    Gguf(&'a Gguf),
+    RwkvCpp,
+    /// It is called as one of web-rwkv's files.
+    WebRwkv,
+    Nothing,
+}
+
+/// How these tensors are called: told by their names, by what stands beside them in a GGUF file, and by the container.
+pub fn reading(places: &[&Place], said: Said) -> Result<Box<Reading<'static>>, String> {
+    match said {
+        Said::Gguf(gguf) => {
+            let dialect = llama::Dialect::of(gguf)?;
+            return Ok(Box::new(move |place| dialect.read(place)));
+        }
+        Said::RwkvCpp => {
+            let version = rwkv_cpp::Version::of(places);
+            return Ok(Box::new(move |place| version.read(place)));
+        }
+        Said::WebRwkv | Said::Nothing => {}
     }
-    if rwkv_cpp {
-        let version = rwkv_cpp::Version::of(places);
-        return Ok(Box::new(move |place| version.read(place)));
+    if let Some(kind) = web_rwkv::Kind::of(places, matches!(said, Said::WebRwkv)) {
+        return Ok(Box::new(move |place| kind.read(place)));
     }
     if transformers::is_rwkv(places) {
         return Ok(Box::new(transformers::read_rwkv));
