@@ -1,6 +1,5 @@
 //! The composition root: builds every part from the configuration, and runs the server.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
@@ -14,7 +13,7 @@ use tokio::net::TcpListener;
 use crate::api;
 use crate::config::{self, Config, ProfileChoice};
 use crate::engine::{Handle, ModelBackend};
-use crate::model::{self, Checkpoint, LoadOptions, Lora, TensorInfo};
+use crate::model::{self, Checkpoint, LoadOptions, Lora};
 use crate::scheduler::Limits;
 use crate::session::{InitialStates, Model, ModelCard, Sessions};
 use crate::state::{Archive, InMemory, Local, Store};
@@ -144,10 +143,13 @@ fn load_model(
     progress: &dyn Fn(&str, usize, usize),
 ) -> anyhow::Result<Model> {
     let name = config.served_name();
-    let opened = open(config, &|done, all| progress(&name, done, all));
-    let Opened { model, text, profile, .. } = opened.with_context(|| format!("loading model `{name}`"))?;
-
-    let initial = initial_states(config, &model).with_context(|| format!("loading model `{name}`"))?;
+    let opened = open(config, &|done, all| progress(&name, done, all)).and_then(|Opened { model, checkpoint }| {
+        let text = tokenizer(config, &checkpoint).context("the tokenizer")?;
+        let profile = profile(config, &*text)?;
+        let initial = initial_states(config, &model)?;
+        Ok((model, text, profile, initial))
+    });
+    let (model, text, profile, initial) = opened.with_context(|| format!("loading model `{name}`"))?;
     let d = model.description().clone();
     let seats = engine.seats;
     let backend = ModelBackend::new(model, 2 * seats, threads.clone())?;
@@ -186,15 +188,10 @@ fn initial_states(config: &config::Model, model: &model::Model) -> anyhow::Resul
     Ok(states)
 }
 
-/// A model to compute with, and how it speaks.
+/// A model to compute with, and what it was loaded from.
 pub struct Opened {
     pub model: model::Model,
-    pub text: Arc<dyn Tokenizer>,
-    pub profile: Profile,
-    /// The container it came in.
-    pub format: &'static str,
-    /// Its tensors, under their original names.
-    pub tensors: BTreeMap<String, TensorInfo>,
+    pub checkpoint: Checkpoint,
 }
 
 /// Loads one model. `progress` hears (tensors loaded, tensors in all).
@@ -202,17 +199,14 @@ pub fn open(config: &config::Model, progress: &dyn Fn(usize, usize)) -> anyhow::
     let checkpoint = checkpoint(config)?;
     let state = config.state.as_deref().map(Checkpoint::open).transpose()?;
     let model = model::load(&checkpoint, &LoadOptions { initial_state: state.as_ref(), progress })?;
-    let text = tokenizer(config, &checkpoint, model.description().vocabulary).context("the tokenizer")?;
-    let profile = profile(config, &*text)?;
-    profile.check()?;
-    Ok(Opened { model, text, profile, format: checkpoint.format(), tensors: checkpoint.tensors().clone() })
+    Ok(Opened { model, checkpoint })
 }
 
 /// Opens a model's checkpoint, with its LoRA adapter if it has one.
 pub fn checkpoint(config: &config::Model) -> anyhow::Result<Checkpoint> {
     let checkpoint = match &config.file {
         Some(file) => Checkpoint::open(file)?,
-        None => Checkpoint::embedded(demo::WEIGHTS)?,
+        None => Checkpoint::in_memory("the embedded model", demo::WEIGHTS)?,
     };
     match &config.lora {
         Some(lora) => Ok(checkpoint.with_lora(Lora::open(lora, config.lora_alpha)?)?),
@@ -221,11 +215,8 @@ pub fn checkpoint(config: &config::Model) -> anyhow::Result<Checkpoint> {
 }
 
 /// The tokenizer: as configured, else as the checkpoint says, else from beside it, else by the size of the vocabulary.
-pub fn tokenizer(
-    config: &config::Model,
-    checkpoint: &Checkpoint,
-    vocabulary: usize,
-) -> anyhow::Result<Arc<dyn Tokenizer>> {
+pub fn tokenizer(config: &config::Model, checkpoint: &Checkpoint) -> anyhow::Result<Arc<dyn Tokenizer>> {
+    let vocabulary = checkpoint.vocabulary_size().context("the checkpoint has no embedding table")?;
     let beside = |name: &str| {
         let file = config.file.as_ref()?;
         let file = if file.is_dir() { file.join(name) } else { file.with_file_name(name) };
@@ -270,9 +261,13 @@ fn tokenizer_file(file: &Path) -> anyhow::Result<Arc<dyn Tokenizer>> {
     read.with_context(|| format!("cannot use {}", file.display()))
 }
 
-fn profile(config: &config::Model, text: &dyn Tokenizer) -> anyhow::Result<Profile> {
+/// The profile: as configured, else by the tokenizer.
+pub fn profile(config: &config::Model, text: &dyn Tokenizer) -> anyhow::Result<Profile> {
     let name = match (&config.profile, &config.file) {
-        (Some(ProfileChoice::Own(profile)), _) => return Ok((**profile).clone()),
+        (Some(ProfileChoice::Own(profile)), _) => {
+            profile.check()?;
+            return Ok((**profile).clone());
+        }
         (Some(ProfileChoice::Named(name)), _) => name.as_str(),
         (None, None) => demo::PROFILE,
         (None, Some(_)) if text.name() == "world" => "g1",

@@ -4,6 +4,8 @@
 mod adapters;
 #[path = "model/early.rs"]
 mod early;
+#[path = "model/formats.rs"]
+mod formats;
 #[path = "model/growing.rs"]
 mod growing;
 #[path = "model/matrix.rs"]

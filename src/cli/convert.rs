@@ -69,8 +69,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
 /// Every id's token, if the model's vocabulary is one of byte strings of which text takes the longest.
 fn vocabulary(model: &config::Model, checkpoint: &crate::model::Checkpoint) -> anyhow::Result<Option<Vec<Vec<u8>>>> {
-    let rows = checkpoint.shape("emb.weight").and_then(|shape| shape.first()).copied().unwrap_or(0);
-    let tokenizer = match app::tokenizer(model, checkpoint, rows) {
+    let tokenizer = match app::tokenizer(model, checkpoint) {
         Ok(tokenizer) => tokenizer,
         // Only a choice that somebody made must be kept.
         Err(e) if model.tokenizer.is_some() => return Err(e),

@@ -2,13 +2,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
 use serde_json::json;
 
 use super::checkpoint::{Which, print, progress, show};
-use crate::app::Opened;
-use crate::model::Pool;
+use crate::app::{self, Opened};
+use crate::model::{Model, Pool};
+use crate::text::Tokenizer;
 use crate::types::{Row, SeqId, SlotId, Want};
 
 #[derive(Debug, clap::Args)]
@@ -39,6 +41,12 @@ struct Passage {
     scored: usize,
 }
 
+/// A model that reads passages.
+struct Reader {
+    model: Model,
+    text: Arc<dyn Tokenizer>,
+}
+
 /// How well a passage was foretold.
 #[derive(Clone, Copy, Debug, Default)]
 struct Score {
@@ -50,10 +58,11 @@ struct Score {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let mut opened = args.which.open()?;
+    let Opened { model, checkpoint } = args.which.open()?;
+    let mut reader = Reader { model, text: app::tokenizer(&args.which.config(), &checkpoint)? };
     let result = match (&args.text, &args.lambada) {
-        (Some(file), _) => perplexity(&mut opened, file, args.limit)?,
-        (_, Some(file)) => lambada(&mut opened, file, args.limit)?,
+        (Some(file), _) => reader.perplexity(file, args.limit)?,
+        (_, Some(file)) => reader.lambada(file, args.limit)?,
         _ => bail!("nothing to evaluate: give --text or --lambada"),
     };
     if args.json {
@@ -63,116 +72,118 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     print(&lines.map(|(key, value)| format!("{:<16}{value}\n", key.replace('_', " "))).collect::<String>())
 }
 
-/// Every token of the text given all before it; the end of a document stands before the first.
-fn perplexity(opened: &mut Opened, file: &Path, limit: Option<usize>) -> anyhow::Result<serde_json::Value> {
-    let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let mut ids = opened.text.encode(&text);
-    ids.truncate(limit.unwrap_or(usize::MAX));
-    ensure!(!ids.is_empty(), "{} holds no tokens", file.display());
-    let bytes = opened.text.decode(&ids).len();
-    // A model with a limited context reads the text in pieces that fit.
-    let piece = opened.model.description().context.map_or(usize::MAX, |context| context.saturating_sub(1).max(1));
-    let passages: Vec<_> = ids.chunks(piece).map(|ids| passage(opened, &[], ids)).collect();
-    let scores = scores(opened, &passages)?;
-    let total = scores.iter().fold(Score::default(), |a, b| Score {
-        nats: a.nats + b.nats,
-        tokens: a.tokens + b.tokens,
-        missed: a.missed + b.missed,
-    });
-    let mean = total.nats / total.tokens.max(1) as f64;
-    Ok(json!({
-        "tokens": total.tokens,
-        "bytes": bytes,
-        "nats_per_token": mean,
-        "perplexity": mean.exp(),
-        "bits_per_byte": total.nats / std::f64::consts::LN_2 / bytes.max(1) as f64,
-        "top1_agreement": 1.0 - total.missed as f64 / total.tokens.max(1) as f64,
-    }))
-}
-
-/// The last word of each text, with the space before it, given what stands before, as the original evaluations do it.
-fn lambada(opened: &mut Opened, file: &Path, limit: Option<usize>) -> anyhow::Result<serde_json::Value> {
-    let lines = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let lines = lines.lines().filter(|line| !line.trim().is_empty()).take(limit.unwrap_or(usize::MAX));
-    let passage = |(n, line): (usize, &str)| {
-        let wrong = || format!("{}, line {}: not an object with a `text` of two words", file.display(), n + 1);
-        let json: serde_json::Value = serde_json::from_str(line).with_context(wrong)?;
-        let text = json["text"].as_str().with_context(wrong)?.trim_end();
-        let at = text.rfind(' ').filter(|&at| at > 0).with_context(wrong)?;
-        let ids = |text| opened.text.encode(text);
-        Ok(passage(opened, &ids(&text[..at]), &ids(&text[at..])))
-    };
-    let passages = lines.enumerate().map(passage).collect::<anyhow::Result<Vec<_>>>()?;
-    ensure!(!passages.is_empty(), "{} is empty", file.display());
-    let scores = scores(opened, &passages)?;
-    let all = scores.len() as f64;
-    let right = scores.iter().filter(|score| score.missed == 0).count();
-    Ok(json!({
-        "passages": scores.len(),
-        "accuracy": right as f64 / all,
-        "perplexity": (scores.iter().map(|score| score.nats).sum::<f64>() / all).exp(),
-    }))
-}
-
-/// `ids` to be judged after `context`, behind the end of a document where the vocabulary has one.
-fn passage(opened: &Opened, context: &[u32], ids: &[u32]) -> Passage {
-    let mut all: Vec<u32> = opened.text.end_of_text().into_iter().chain(context.iter().copied()).collect();
-    // Nothing foretells the very first token.
-    let scored = all.len().max(1);
-    all.extend(ids);
-    Passage { ids: all, scored }
-}
-
-/// Judges every passage, some of them at once. Which ones are together makes no difference.
-fn scores(opened: &mut Opened, passages: &[Passage]) -> anyhow::Result<Vec<Score>> {
-    let mut pool = opened.model.pool(SEQUENCES.min(passages.len()))?;
-    let bar = progress("reading", "passages");
-    let mut scores = Vec::with_capacity(passages.len());
-    for group in passages.chunks(SEQUENCES) {
-        scores.extend(group_scores(opened, &mut pool, group)?);
-        show(&bar, scores.len(), passages.len());
+impl Reader {
+    /// Every token of the text given all before it; the end of a document stands before the first.
+    fn perplexity(&mut self, file: &Path, limit: Option<usize>) -> anyhow::Result<serde_json::Value> {
+        let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let mut ids = self.text.encode(&text);
+        ids.truncate(limit.unwrap_or(usize::MAX));
+        ensure!(!ids.is_empty(), "{} holds no tokens", file.display());
+        let bytes = self.text.decode(&ids).len();
+        // A model with a limited context reads the text in pieces that fit.
+        let piece = self.model.description().context.map_or(usize::MAX, |context| context.saturating_sub(1).max(1));
+        let passages: Vec<_> = ids.chunks(piece).map(|ids| self.passage(&[], ids)).collect();
+        let scores = self.scores(&passages)?;
+        let total = scores.iter().fold(Score::default(), |a, b| Score {
+            nats: a.nats + b.nats,
+            tokens: a.tokens + b.tokens,
+            missed: a.missed + b.missed,
+        });
+        let mean = total.nats / total.tokens.max(1) as f64;
+        Ok(json!({
+            "tokens": total.tokens,
+            "bytes": bytes,
+            "nats_per_token": mean,
+            "perplexity": mean.exp(),
+            "bits_per_byte": total.nats / std::f64::consts::LN_2 / bytes.max(1) as f64,
+            "top1_agreement": 1.0 - total.missed as f64 / total.tokens.max(1) as f64,
+        }))
     }
-    bar.finish_and_clear();
-    Ok(scores)
-}
 
-fn group_scores(opened: &mut Opened, pool: &mut Pool, group: &[Passage]) -> anyhow::Result<Vec<Score>> {
-    let vocabulary = opened.model.description().vocabulary;
-    let mut scores = vec![Score::default(); group.len()];
-    (0..group.len()).for_each(|slot| pool.reset(SlotId(slot as u32)));
-    let each = STEP / group.len();
-    let (mut ids, mut rows, mut logits) = (Vec::new(), Vec::new(), Vec::new());
-    for at in (0..).step_by(each) {
-        ids.clear();
-        rows.clear();
-        logits.clear();
-        for (n, passage) in group.iter().enumerate() {
-            // The last token is only foretold.
-            let end = (passage.ids.len() - 1).min(at + each);
-            if at >= end {
-                continue;
+    /// The last word of each text, with the space before it, given what stands before, as the original evaluations do it.
+    fn lambada(&mut self, file: &Path, limit: Option<usize>) -> anyhow::Result<serde_json::Value> {
+        let lines = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let lines = lines.lines().filter(|line| !line.trim().is_empty()).take(limit.unwrap_or(usize::MAX));
+        let passage = |(n, line): (usize, &str)| {
+            let wrong = || format!("{}, line {}: not an object with a `text` of two words", file.display(), n + 1);
+            let json: serde_json::Value = serde_json::from_str(line).with_context(wrong)?;
+            let text = json["text"].as_str().with_context(wrong)?.trim_end();
+            let at = text.rfind(' ').filter(|&at| at > 0).with_context(wrong)?;
+            let ids = |text| self.text.encode(text);
+            Ok(self.passage(&ids(&text[..at]), &ids(&text[at..])))
+        };
+        let passages = lines.enumerate().map(passage).collect::<anyhow::Result<Vec<_>>>()?;
+        ensure!(!passages.is_empty(), "{} is empty", file.display());
+        let scores = self.scores(&passages)?;
+        let all = scores.len() as f64;
+        let right = scores.iter().filter(|score| score.missed == 0).count();
+        Ok(json!({
+            "passages": scores.len(),
+            "accuracy": right as f64 / all,
+            "perplexity": (scores.iter().map(|score| score.nats).sum::<f64>() / all).exp(),
+        }))
+    }
+
+    /// `ids` to be judged after `context`, behind the end of a document where the vocabulary has one.
+    fn passage(&self, context: &[u32], ids: &[u32]) -> Passage {
+        let mut all: Vec<u32> = self.text.end_of_text().into_iter().chain(context.iter().copied()).collect();
+        // Nothing foretells the very first token.
+        let scored = all.len().max(1);
+        all.extend(ids);
+        Passage { ids: all, scored }
+    }
+
+    /// Judges every passage, some of them at once. Which ones are together makes no difference.
+    fn scores(&mut self, passages: &[Passage]) -> anyhow::Result<Vec<Score>> {
+        let mut pool = self.model.pool(SEQUENCES.min(passages.len()))?;
+        let bar = progress("reading", "passages");
+        let mut scores = Vec::with_capacity(passages.len());
+        for group in passages.chunks(SEQUENCES) {
+            scores.extend(self.group_scores(&mut pool, group)?);
+            show(&bar, scores.len(), passages.len());
+        }
+        bar.finish_and_clear();
+        Ok(scores)
+    }
+
+    fn group_scores(&mut self, pool: &mut Pool, group: &[Passage]) -> anyhow::Result<Vec<Score>> {
+        let vocabulary = self.model.description().vocabulary;
+        let mut scores = vec![Score::default(); group.len()];
+        (0..group.len()).for_each(|slot| pool.reset(SlotId(slot as u32)));
+        let each = STEP / group.len();
+        let (mut ids, mut rows, mut logits) = (Vec::new(), Vec::new(), Vec::new());
+        for at in (0..).step_by(each) {
+            ids.clear();
+            rows.clear();
+            logits.clear();
+            for (n, passage) in group.iter().enumerate() {
+                // The last token is only foretold.
+                let end = (passage.ids.len() - 1).min(at + each);
+                if at >= end {
+                    continue;
+                }
+                let slot = SlotId(n as u32);
+                let tokens = ids.len()..ids.len() + end - at;
+                let want = if end < passage.scored { Want::Nothing } else { Want::All };
+                ids.extend(&passage.ids[at..end]);
+                rows.push(Row { seq: SeqId(n as u64), from: slot, into: slot, at: at as u64, tokens, want });
             }
-            let slot = SlotId(n as u32);
-            let tokens = ids.len()..ids.len() + end - at;
-            let want = if end < passage.scored { Want::Nothing } else { Want::All };
-            ids.extend(&passage.ids[at..end]);
-            rows.push(Row { seq: SeqId(n as u64), from: slot, into: slot, at: at as u64, tokens, want });
-        }
-        if rows.is_empty() {
-            return Ok(scores);
-        }
-        opened.model.step(pool, &ids, &rows, &mut logits)?;
-        let mut given = logits.chunks_exact(vocabulary);
-        for row in rows.iter().filter(|row| row.want == Want::All) {
-            let n = row.seq.0 as usize;
-            for (next, logits) in (at + 1..).zip(given.by_ref().take(row.tokens.len())) {
-                if next >= group[n].scored {
-                    scores[n].add(logits, group[n].ids[next] as usize);
+            if rows.is_empty() {
+                return Ok(scores);
+            }
+            self.model.step(pool, &ids, &rows, &mut logits)?;
+            let mut given = logits.chunks_exact(vocabulary);
+            for row in rows.iter().filter(|row| row.want == Want::All) {
+                let n = row.seq.0 as usize;
+                for (next, logits) in (at + 1..).zip(given.by_ref().take(row.tokens.len())) {
+                    if next >= group[n].scored {
+                        scores[n].add(logits, group[n].ids[next] as usize);
+                    }
                 }
             }
         }
+        unreachable!("the loop ends when no row is left")
     }
-    unreachable!("the loop ends when no row is left")
 }
 
 impl Score {

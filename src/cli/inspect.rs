@@ -6,6 +6,7 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 
 use super::checkpoint::{Which, print};
+use crate::app;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -22,9 +23,13 @@ pub struct Args {
 /// Loads the model, so that what is printed is what would be served.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let opened = args.which.open()?;
-    let (d, profile) = (opened.model.description(), &opened.profile);
+    let (config, d) = (args.which.config(), opened.model.description());
+    // A model can be looked at though nobody knows its tokenizer; serving it would need one.
+    let text = app::tokenizer(&config, &opened.checkpoint);
+    let profile = text.as_ref().ok().map(|text| app::profile(&config, &**text)).transpose()?;
+    let tensors = opened.checkpoint.tensors();
     let mut kinds: BTreeMap<&str, u64> = BTreeMap::new();
-    for tensor in opened.tensors.values() {
+    for tensor in tensors.values() {
         *kinds.entry(tensor.kind.name()).or_default() += tensor.shape.iter().product::<usize>() as u64;
     }
     let about = json!({
@@ -33,18 +38,18 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         "width": d.width,
         "vocabulary": d.vocabulary,
         "parameters": d.parameters,
-        "format": opened.format,
+        "format": opened.checkpoint.format(),
         "types": kinds,
         "context": d.context,
         "state_bytes": d.state_bytes,
-        "tokenizer": opened.text.name(),
-        "template": profile.name,
-        "stop": profile.stop,
-        "stop_tokens": profile.stop_tokens,
+        "tokenizer": text.as_ref().map_or_else(|e| format!("{e:#}"), |text| text.name().into()),
+        "template": profile.as_ref().map(|p| &p.name),
+        "stop": profile.as_ref().map(|p| &p.stop),
+        "stop_tokens": profile.as_ref().map(|p| &p.stop_tokens),
         "fingerprint": d.fingerprint,
         "arithmetic": d.arithmetic,
     });
-    let tensors = opened.tensors.iter().filter(|_| args.tensors);
+    let tensors = tensors.iter().filter(|_| args.tensors);
     if args.json {
         let mut about = about;
         if args.tensors {

@@ -8,6 +8,7 @@ use anyhow::{Context, ensure};
 use serde_json::json;
 
 use super::checkpoint::{Which, progress, show, write_whole};
+use crate::app;
 use crate::types::{Row, SegmentData, SeqId, SlotId, Want};
 
 #[derive(Debug, clap::Args)]
@@ -36,7 +37,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut opened = args.which.open()?;
     let ids = match (&args.tokens, &args.text) {
         (Some(tokens), _) => ids(tokens)?,
-        (None, text) => opened.text.encode_special(text.as_deref().unwrap_or_default()),
+        (None, text) => {
+            let tokenizer = app::tokenizer(&args.which.config(), &opened.checkpoint)?;
+            tokenizer.encode_special(text.as_deref().unwrap_or_default())
+        }
     };
     ensure!(!ids.is_empty(), "there are no tokens to read");
     let mut pool = opened.model.pool(1)?;

@@ -15,6 +15,9 @@ pub enum Orientation {
     InOut,
 }
 
+const THIN: usize = 8;
+const WIDE: usize = 1 << 16;
+
 /// A linear layer: `y [N, outputs] = x [N, inputs] · Wᵀ`, weights in their stored type; few add a bias.
 #[derive(Debug)]
 pub struct Linear {
@@ -36,6 +39,11 @@ impl Linear {
             Orientation::OutIn => (outputs, inputs),
             Orientation::InOut => (inputs, outputs),
         };
+        // Panels are padded; no model has a layer so thin that it matters, but a file could be made of such.
+        if outputs < THIN && inputs > WIDE {
+            let (found, expected) = (vec![rows, cols], format!("a layer of at least {THIN} outputs"));
+            return Err(Error::Shape { name: name.into(), found, expected });
+        }
         loader.table(name, (rows, cols), |weight| Self::pack(weight, outputs, inputs, stored))
     }
 

@@ -27,7 +27,7 @@ const TOKENS: u64 = 64;
 const NEW: usize = 10;
 
 fn demo() -> Model {
-    model(&Checkpoint::embedded(WEIGHTS).expect("the embedded checkpoint"))
+    model(&Checkpoint::in_memory("the embedded model", WEIGHTS).expect("the embedded checkpoint"))
 }
 
 fn model(checkpoint: &Checkpoint) -> Model {

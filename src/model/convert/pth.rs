@@ -86,11 +86,18 @@ impl Pickle {
     fn global(&mut self, module: &str, name: &str) {
         self.0.extend(format!("c{module}\n{name}\n").as_bytes());
     }
-    /// LONG1 of eight bytes and a sign that is always positive.
+    /// BININT, or LONG1 for what is larger. No tensor has 2⁶³ values.
     fn int(&mut self, value: usize) {
-        self.0.extend([0x8a, 9]);
-        self.0.extend((value as u64).to_le_bytes());
-        self.0.push(0);
+        match i32::try_from(value) {
+            Ok(small) => {
+                self.op(b'J');
+                self.0.extend(small.to_le_bytes());
+            }
+            Err(_) => {
+                self.0.extend([0x8a, 8]);
+                self.0.extend((value as u64).to_le_bytes());
+            }
+        }
     }
     fn ints(&mut self, values: &[usize]) {
         self.mark();

@@ -1,5 +1,6 @@
 //! The bytes of a checkpoint file and where the tensors are in them.
 
+use std::borrow::Cow;
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 
@@ -17,7 +18,7 @@ pub struct Place {
     pub bytes: Range<usize>,
 }
 
-/// A file that is mapped into memory, so that its size costs no memory of its own, or a part of the binary.
+/// A file that is mapped into memory, so that its size costs no memory of its own, or is there already.
 pub struct File {
     pub path: PathBuf,
     bytes: Bytes,
@@ -25,7 +26,7 @@ pub struct File {
 
 enum Bytes {
     Mapped(memmap2::Mmap),
-    Embedded(&'static [u8]),
+    Memory(Cow<'static, [u8]>),
 }
 
 impl File {
@@ -44,8 +45,9 @@ impl File {
         Ok(Self { path: path.into(), bytes: Bytes::Mapped(map) })
     }
 
-    pub fn embedded(bytes: &'static [u8]) -> Self {
-        Self { path: "the embedded model".into(), bytes: Bytes::Embedded(bytes) }
+    /// Bytes that are in memory already, called `name`.
+    pub fn in_memory(name: &str, bytes: Cow<'static, [u8]>) -> Self {
+        Self { path: name.into(), bytes: Bytes::Memory(bytes) }
     }
 
     /// An error about this file.
@@ -71,7 +73,7 @@ impl Deref for File {
     fn deref(&self) -> &[u8] {
         match &self.bytes {
             Bytes::Mapped(map) => map,
-            Bytes::Embedded(bytes) => bytes,
+            Bytes::Memory(bytes) => bytes,
         }
     }
 }

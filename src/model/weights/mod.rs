@@ -57,9 +57,9 @@ impl Checkpoint {
         Self::of(folder::files(path)?.iter().map(|path| File::open(path)).collect::<Result<_, _>>()?)
     }
 
-    /// A safetensors file that is part of the binary.
-    pub fn embedded(bytes: &'static [u8]) -> Result<Self, Error> {
-        Self::of(vec![File::embedded(bytes)])
+    /// A file whose bytes are in memory, such as one that is part of the binary; `name` goes into errors.
+    pub fn in_memory(name: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self, Error> {
+        Self::of(vec![File::in_memory(name, bytes.into())])
     }
 
     fn of(files: Vec<File>) -> Result<Self, Error> {
@@ -85,6 +85,14 @@ impl Checkpoint {
         }
         let tensors = origins.iter().map(|(name, origin)| (name.clone(), origin.info.clone())).collect();
         Ok(Self { files, origins, tensors, format, gguf, lora: None })
+    }
+
+    /// Rows of the embedding table, whatever its generation calls it: every token id is below it.
+    pub fn vocabulary_size(&self) -> Option<usize> {
+        let &[rows, _] = ["emb.weight", "tok_emb.weight"].iter().find_map(|name| self.shape(name))? else {
+            return None;
+        };
+        Some(rows)
     }
 
     /// The container it came in.
