@@ -17,7 +17,7 @@ use crate::types::{Row, SeqId, SlotId, Want};
 pub struct Args {
     #[command(flatten)]
     which: Which,
-    /// Text file whose perplexity is measured
+    /// Text file whose perplexity is measured; an end of text that is written out begins a new document
     #[arg(long, value_name = "FILE", required_unless_present = "lambada")]
     text: Option<PathBuf>,
     /// LAMBADA: a JSON object with a `text` in each line, whose last word is to be guessed
@@ -76,7 +76,7 @@ impl Reader {
     /// Every token of the text given all before it; the end of a document stands before the first.
     fn perplexity(&mut self, file: &Path, limit: Option<usize>) -> anyhow::Result<serde_json::Value> {
         let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-        let mut ids = self.text.encode(&text);
+        let mut ids = self.text.encode_special(&text);
         ids.truncate(limit.unwrap_or(usize::MAX));
         ensure!(!ids.is_empty(), "{} holds no tokens", file.display());
         let bytes = self.text.decode(&ids).len();
