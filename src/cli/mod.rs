@@ -42,7 +42,9 @@ enum Command {
 const EXAMPLES: &str = "\
 Examples:
   rewake                                       serve the embedded demonstration model on http://127.0.0.1:8080
-  rewake serve --model rwkv7-g1-0.4b.pth       serve a checkpoint in RWKV's own format (.pth or .safetensors)
+  rewake serve --model rwkv7-g1-0.4b.pth       serve a checkpoint: .pth, .safetensors, .gguf, a folder, …
+  rewake inspect rwkv7-g1-0.4b.pth             what a checkpoint is
+  rewake convert in.pth out.gguf --type q8_0   the same for llama.cpp, quantised
   rewake serve --host 0.0.0.0 --config my.toml serve other machines, with keys from a configuration file
 
   curl http://127.0.0.1:8080/v1/completions -H 'content-type: application/json' \\

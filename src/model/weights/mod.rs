@@ -150,6 +150,11 @@ impl Checkpoint {
         }
     }
 
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> usize {
+        self.tensors.values().filter_map(|t| t.kind.tensor_bytes(&t.shape)).fold(0, usize::saturating_add)
+    }
+
     pub fn parameters(&self) -> u64 {
         self.tensors.values().map(|t| t.shape.iter().product::<usize>() as u64).sum()
     }
