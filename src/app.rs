@@ -13,7 +13,7 @@ use tokio::net::TcpListener;
 use crate::api;
 use crate::config::{self, Config, ProfileChoice};
 use crate::engine::{Handle, ModelBackend};
-use crate::model::{self, Checkpoint, LoadOptions, Lora};
+use crate::model::{self, Checkpoint, LoadOptions, Lora, Team};
 use crate::scheduler::Limits;
 use crate::session::{InitialStates, Model, ModelCard, Sessions};
 use crate::state::{Archive, InMemory, Local, Store};
@@ -129,23 +129,19 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
 
 /// Loads every configured model. `progress` hears (model, bytes of weights loaded, bytes in all).
 pub fn load_models(config: &Config, progress: &dyn Fn(&str, usize, usize)) -> anyhow::Result<Vec<Model>> {
-    let threads = rayon::ThreadPoolBuilder::new()
-        .num_threads(config.engine.threads)
-        .thread_name(|n| format!("compute {n}"))
-        .build()
-        .context("starting the compute threads")?;
-    let threads = Arc::new(threads);
-    config.model.iter().map(|model| load_model(model, &config.engine, &threads, progress)).collect()
+    let team = Arc::new(Team::new(config.engine.threads).context("starting the compute threads")?);
+    config.model.iter().map(|model| load_model(model, &config.engine, &team, progress)).collect()
 }
 
 fn load_model(
     config: &config::Model,
     engine: &config::Engine,
-    threads: &Arc<rayon::ThreadPool>,
+    team: &Arc<Team>,
     progress: &dyn Fn(&str, usize, usize),
 ) -> anyhow::Result<Model> {
     let name = config.served_name();
-    let opened = open(config, &|done, all| progress(&name, done, all)).and_then(|Opened { model, checkpoint }| {
+    let opened = team.install(|| open(config, &|done, all| progress(&name, done, all)));
+    let opened = opened.and_then(|Opened { model, checkpoint }| {
         let text = tokenizer(config, &checkpoint).context("the tokenizer")?;
         let profile = profile(config, &*text)?;
         let initial = initial_states(config, &model)?;
@@ -154,7 +150,7 @@ fn load_model(
     let (model, text, profile, initial) = opened.with_context(|| format!("loading model `{name}`"))?;
     let d = model.description().clone();
     let seats = engine.seats;
-    let backend = ModelBackend::new(model, 2 * seats, threads.clone())?;
+    let backend = ModelBackend::new(model, 2 * seats, team.clone())?;
     let limits = Limits { seats, queue: engine.queue, budget: engine.budget, busy_budget: engine.busy_budget };
     let engine = Handle::start(&name, backend, text.clone(), limits).context("starting the engine thread")?;
     let card = ModelCard {

@@ -12,6 +12,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::model::Team;
+
 /// An inference server for RWKV language models with the OpenAI API, whose every state can be kept and resumed.
 #[derive(Debug, Parser)]
 #[command(version, about, after_help = EXAMPLES, disable_help_subcommand = true, args_conflicts_with_subcommands = true)]
@@ -53,15 +55,20 @@ Examples:
 Configuration: flags override environment variables (REWAKE_SERVER__PORT=9000), which override the file given with
 --config; config/rewake.toml of the source explains every key. API documentation: http://127.0.0.1:8080/docs";
 
+/// Runs a command that computes by itself on all processors.
+fn together(command: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    Team::new(0)?.install(command)
+}
+
 /// Parses the command line and runs what it says.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
         Some(Command::Serve(args)) => serve::run(args),
-        Some(Command::Inspect(args)) => inspect::run(&args),
-        Some(Command::Logits(args)) => logits::run(&args),
-        Some(Command::Convert(args)) => convert::run(&args),
-        Some(Command::Eval(args)) => eval::run(&args),
+        Some(Command::Inspect(args)) => together(|| inspect::run(&args)),
+        Some(Command::Logits(args)) => together(|| logits::run(&args)),
+        Some(Command::Convert(args)) => together(|| convert::run(&args)),
+        Some(Command::Eval(args)) => together(|| eval::run(&args)),
         Some(Command::Health(args)) => health::run(&args),
         None => serve::run(cli.serve),
     };

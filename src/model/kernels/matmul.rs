@@ -8,12 +8,11 @@
 use std::cell::RefCell;
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::blocks;
 use super::kind::Kind;
 use super::weight::Stored;
-use super::{Arith, Shared, Weight, kernel, parallel};
+use super::{Arith, Shared, Weight, kernel, parallel, parallel_chunks};
 
 /// Outputs side by side in a panel.
 const PANEL: usize = 32;
@@ -61,7 +60,7 @@ impl Panels {
         }
         let (size, blocks) = (kind.block_bytes(), inputs / kind.block());
         let mut data = vec![0; outputs.div_ceil(PANEL) * blocks * PANEL * size];
-        data.par_chunks_exact_mut((blocks * PANEL * size).max(1)).enumerate().for_each(|(panel, data)| {
+        parallel_chunks(&mut data, (blocks * PANEL * size).max(1), |panel, data| {
             for (n, to) in data.chunks_exact_mut(size).enumerate() {
                 let (block, output) = (n / PANEL, panel * PANEL + n % PANEL);
                 if output < outputs {
@@ -89,7 +88,7 @@ fn pack<T: Stored>(
 ) -> Vec<T> {
     let values = source.bytes();
     let mut data = vec![T::zero(); outputs.div_ceil(PANEL) * inputs * PANEL];
-    data.par_chunks_exact_mut((inputs * PANEL).max(1)).enumerate().for_each(|(panel, data)| {
+    parallel_chunks(&mut data, (inputs * PANEL).max(1), |panel, data| {
         for (input, data) in data.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
             let outputs = panel * PANEL..outputs.min((panel + 1) * PANEL);
             for (to, output) in data.iter_mut().zip(outputs) {
@@ -261,6 +260,7 @@ unsafe fn tile_avx2<T: Stored, const R: usize>(panel: &[T], x: &[f32], stride: u
 
 #[cfg(test)]
 mod tests {
+    use super::super::Team;
     use super::*;
     use proptest::prelude::*;
 
@@ -367,8 +367,7 @@ mod tests {
             let w = Panels::pack_rows(&weights(kind, [outputs, inputs], 3), outputs, inputs);
             let run = |threads| {
                 let mut out = vec![0f32; rows * outputs];
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
-                pool.install(|| matmul(&w, &x, &mut out));
+                Team::new(threads).expect("threads").install(|| matmul(&w, &x, &mut out));
                 out
             };
             assert_eq!(run(1), run(2));
