@@ -1,5 +1,6 @@
 //! The command line: one file a command; progress bars live here and nowhere else.
 
+mod bench;
 mod checkpoint;
 mod convert;
 mod eval;
@@ -37,6 +38,8 @@ enum Command {
     Convert(convert::Args),
     /// Measure perplexity on a text, or accuracy on LAMBADA.
     Eval(eval::Args),
+    /// Measure how fast a model runs here, against what the machine can do.
+    Bench(bench::Args),
     /// Ask a running server whether it is alive; the exit status tells.
     Health(health::Args),
 }
@@ -68,6 +71,7 @@ pub fn main() -> ExitCode {
         Some(Command::Inspect(args)) => together(|| inspect::run(&args)),
         Some(Command::Logits(args)) => together(|| logits::run(&args)),
         Some(Command::Convert(args)) => together(|| convert::run(&args)),
+        Some(Command::Bench(args)) => together(|| bench::run(&args)),
         Some(Command::Eval(args)) => together(|| eval::run(&args)),
         Some(Command::Health(args)) => health::run(&args),
         None => serve::run(cli.serve),

@@ -24,6 +24,10 @@ pub trait Backend: Send {
     fn snapshot(&self, slot: SlotId) -> Vec<SegmentData>;
     /// Makes one slot equal to another.
     fn copy(&mut self, from: SlotId, into: SlotId);
+    /// Runs `task` for every number below `tasks`, on as many threads as there are for it.
+    fn share(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
+    }
 }
 
 /// A model with its pool, on the compute threads that all models share.
@@ -63,5 +67,12 @@ impl Backend for ModelBackend {
     }
     fn copy(&mut self, from: SlotId, into: SlotId) {
         self.pool.copy(from, into);
+    }
+    fn share(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        if tasks > 1 {
+            self.team.share(tasks, task);
+        } else {
+            (0..tasks).for_each(task);
+        }
     }
 }

@@ -17,6 +17,7 @@ mod kernels;
 mod linear;
 mod low_rank;
 mod pool;
+pub mod probe;
 mod registry;
 mod tiny_attention;
 mod v1;

@@ -112,64 +112,96 @@ pub fn matmul(w: &Panels, x: &[f32], out: &mut [f32]) {
     }
 }
 
+/// Inputs of single values that are unpacked at a time: 16 KB of f32, which stay in the first cache.
+const RUN: usize = 128;
+
 fn run<T: Stored>(w: &Panels, data: &[T], x: &[f32], out: &mut [f32]) {
     let rows = x.len() / w.inputs;
-    let shared = Shared::new(out);
     let size = w.inputs * PANEL;
-    parallel(w.outputs.div_ceil(PANEL), rows * w.inputs * w.outputs, |panel| {
+    let panels = |panel: usize, sums: &mut [[f32; PANEL]]| {
         let weights = &data[panel * size..][..size];
-        let first = panel * PANEL;
-        let width = PANEL.min(w.outputs - first);
-        for row in (0..rows).step_by(ROWS) {
-            let mut sums = [[0f32; PANEL]; ROWS];
-            let sums = &mut sums[..ROWS.min(rows - row)];
-            tile(weights, &x[row * w.inputs..], w.inputs, sums);
-            for (r, sums) in sums.iter().enumerate() {
-                // SAFETY: each (row, panel) pair is written by one task only.
-                let out = unsafe { shared.part((row + r) * w.outputs + first, width) };
-                out.copy_from_slice(&sums[..width]);
+        // Few rows read each weight once as it is; for more, it pays to convert it once for all of them.
+        if rows <= ROWS || T::IS_F32 {
+            for (n, sums) in sums.chunks_mut(ROWS).enumerate() {
+                tile(weights, &x[n * ROWS * w.inputs..], w.inputs, sums);
             }
+            return;
         }
-    });
+        let mut unpacked = [0f32; RUN * PANEL];
+        for (n, weights) in weights.chunks(RUN * PANEL).enumerate() {
+            let unpacked = &mut unpacked[..weights.len()];
+            widen(weights, unpacked);
+            tiles(unpacked, &x[n * RUN..], w.inputs, sums);
+        }
+    };
+    each_panel(w, rows, out, panels);
 }
 
-/// Buffers of a thread that unpacks blocks.
-#[derive(Default)]
-struct Unpacked {
-    /// `[PANEL, block]`.
-    rows: Vec<f32>,
-    /// `[block, PANEL]`.
-    panel: Vec<f32>,
-    /// `[rows of x, PANEL]`.
-    sums: Vec<[f32; PANEL]>,
-}
-
-thread_local! {
-    static UNPACKED: RefCell<Unpacked> = RefCell::default();
-}
-
-fn run_blocks(w: &Panels, kind: Kind, data: &[u8], x: &[f32], out: &mut [f32]) {
-    let rows = x.len() / w.inputs;
+/// Computes the sums of every panel and writes them to `out`.
+fn each_panel(w: &Panels, rows: usize, out: &mut [f32], panel: impl Fn(usize, &mut [[f32; PANEL]]) + Sync) {
+    thread_local! {
+        /// `[rows, PANEL]`.
+        static SUMS: RefCell<Vec<[f32; PANEL]>> = const { RefCell::new(Vec::new()) };
+    }
     let shared = Shared::new(out);
-    let (block, size) = (kind.block(), PANEL * kind.block_bytes());
-    let blocks = w.inputs / block;
-    parallel(w.outputs.div_ceil(PANEL), rows * w.inputs * w.outputs, |panel| {
-        UNPACKED.with_borrow_mut(|Unpacked { rows: unpacked, panel: weights, sums }| {
-            unpacked.resize(PANEL * block, 0.0);
-            weights.resize(PANEL * block, 0.0);
+    parallel(w.outputs.div_ceil(PANEL), rows * w.inputs * w.outputs, |n| {
+        SUMS.with_borrow_mut(|sums| {
             sums.clear();
             sums.resize(rows, [0.0; PANEL]);
-            for (n, stored) in data[panel * blocks * size..][..blocks * size].chunks_exact(size).enumerate() {
-                unpack(kind, stored, unpacked, weights);
-                for (r, sums) in sums.chunks_mut(ROWS).enumerate() {
-                    tile(weights.as_slice(), &x[r * ROWS * w.inputs + n * block..], w.inputs, sums);
-                }
-            }
-            let first = panel * PANEL;
+            panel(n, sums);
+            let first = n * PANEL;
             let width = PANEL.min(w.outputs - first);
             for (row, sums) in sums.iter().enumerate() {
                 // SAFETY: each (row, panel) pair is written by one task only.
                 unsafe { shared.part(row * w.outputs + first, width) }.copy_from_slice(&sums[..width]);
+            }
+        });
+    });
+}
+
+/// Adds to the `sums` of all rows what a part of a panel, in f32, and the rows' parts of `x` make.
+fn tiles(weights: &[f32], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
+    for (n, sums) in sums.chunks_mut(ROWS).enumerate() {
+        tile(weights, &x[n * ROWS * stride..], stride, sums);
+    }
+}
+
+/// `out` = the values of `weights` as f32.
+fn widen<T: Stored>(weights: &[T], out: &mut [f32]) {
+    assert!(weights.len() == out.len() && weights.len().is_multiple_of(8));
+    #[cfg(target_arch = "x86_64")]
+    if super::fused() {
+        // SAFETY: the processor has the features, and the assertion above gives the bounds.
+        return unsafe { widen_avx2(weights, out) };
+    }
+    out.iter_mut().zip(weights).for_each(|(out, weight)| *out = weight.to_f32());
+}
+
+/// # Safety
+/// AVX2 and F16C; as many weights as values, and a multiple of eight.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn widen_avx2<T: Stored>(weights: &[T], out: &mut [f32]) {
+    for at in (0..out.len()).step_by(8) {
+        // SAFETY: eight values from `at` are inside both.
+        unsafe { std::arch::x86_64::_mm256_storeu_ps(out.as_mut_ptr().add(at), T::load8(weights.as_ptr().add(at))) };
+    }
+}
+
+fn run_blocks(w: &Panels, kind: Kind, data: &[u8], x: &[f32], out: &mut [f32]) {
+    thread_local! {
+        /// `[PANEL, block]` and `[block, PANEL]`.
+        static UNPACKED: RefCell<[Vec<f32>; 2]> = RefCell::default();
+    }
+    let (block, size) = (kind.block(), PANEL * kind.block_bytes());
+    let blocks = w.inputs / block;
+    each_panel(w, x.len() / w.inputs, out, |panel, sums| {
+        UNPACKED.with_borrow_mut(|[rows, weights]| {
+            rows.resize(PANEL * block, 0.0);
+            weights.resize(PANEL * block, 0.0);
+            for (n, stored) in data[panel * blocks * size..][..blocks * size].chunks_exact(size).enumerate() {
+                unpack(kind, stored, rows, weights);
+                tiles(weights, &x[n * block..], w.inputs, sums);
             }
         });
     });

@@ -5,6 +5,7 @@
 //! which sequences, or how many threads a call is for.
 
 mod blocks;
+mod burn;
 mod copy;
 mod deep_embed;
 mod elementwise;
@@ -22,6 +23,7 @@ mod wkv5;
 mod wkv7;
 
 pub use blocks::scale;
+pub use burn::{BURN_OPERATIONS, burn, read_sum};
 pub use copy::copy;
 pub use deep_embed::{multiply_by_matrices, multiply_by_rows};
 pub use elementwise::{Activation, activate, add, multiply, token_shift, token_shift_added};

@@ -67,6 +67,11 @@ impl Team {
         Ok(team)
     }
 
+    /// Runs `task` for every number below `tasks`.
+    pub fn share(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.install(|| run(tasks, task));
+    }
+
     /// Runs `step`, whose parallel passes are shared by the team. Steps of several models take turns.
     pub fn install<R>(&self, step: impl FnOnce() -> R) -> R {
         let _turn = lock(&self.turn);

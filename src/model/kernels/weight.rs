@@ -19,6 +19,8 @@ pub struct Weight<'a> {
 pub trait Stored: Copy + Send + Sync + 'static {
     /// Bytes of a value.
     const BYTES: usize;
+    /// Whether it is f32 itself.
+    const IS_F32: bool = false;
     /// The value of so many little-endian bytes.
     fn from_le(bytes: &[u8]) -> Self;
     fn to_f32(self) -> f32;
@@ -34,6 +36,7 @@ pub trait Stored: Copy + Send + Sync + 'static {
 
 impl Stored for f32 {
     const BYTES: usize = 4;
+    const IS_F32: bool = true;
     #[inline(always)]
     fn from_le(bytes: &[u8]) -> Self {
         f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
