@@ -6,7 +6,7 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use super::checkpoint::{Which, print, progress, show};
-use crate::model::{Model, Pool, probe};
+use crate::model::{Model, Pool, Team, probe};
 use crate::telemetry::clock;
 use crate::types::{Row, SeqId, SlotId, Want};
 
@@ -26,6 +26,9 @@ pub struct Args {
     /// Runs of each measurement, of which the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
+    /// Threads that compute [default: one for each processor]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, value_parser = clap::value_parser!(u16).range(0..=1024))]
+    threads: u16,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -45,6 +48,10 @@ struct Line {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
+    Team::new(args.threads.into())?.install(|| measure(args))
+}
+
+fn measure(args: &Args) -> anyhow::Result<()> {
     ensure!(args.streams.iter().all(|n| (1..=4096).contains(n)), "there can be 1 to 4096 streams");
     let opened = args.which.open()?;
     let most = args.streams.iter().copied().max().unwrap_or(1);

@@ -71,7 +71,7 @@ pub fn main() -> ExitCode {
         Some(Command::Inspect(args)) => together(|| inspect::run(&args)),
         Some(Command::Logits(args)) => together(|| logits::run(&args)),
         Some(Command::Convert(args)) => together(|| convert::run(&args)),
-        Some(Command::Bench(args)) => together(|| bench::run(&args)),
+        Some(Command::Bench(args)) => bench::run(&args),
         Some(Command::Eval(args)) => together(|| eval::run(&args)),
         Some(Command::Health(args)) => health::run(&args),
         None => serve::run(cli.serve),

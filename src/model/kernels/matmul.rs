@@ -2,20 +2,19 @@
 //!
 //! A panel holds [`PANEL`] outputs: for each input, in order, that many weights side by side. One output element is one
 //! accumulator that walks the inputs from first to last, whatever the number of rows, so a row's result never depends on
-//! the rows beside it. Weights in ggml's blocks are unpacked to f32 a block of inputs at a time and then go the same
-//! way, so that they compute exactly what their f32 values would.
+//! the rows beside it. Quantised weights keep their integers; see [`quants`].
 
 use std::cell::RefCell;
 
 use half::{bf16, f16};
 
-use super::blocks;
 use super::kind::Kind;
+use super::quants::{self, Quants, Scales};
 use super::weight::Stored;
 use super::{Arith, Shared, Weight, kernel, parallel, parallel_chunks};
 
 /// Outputs side by side in a panel.
-const PANEL: usize = 32;
+pub const PANEL: usize = 32;
 /// Rows that one pass over a panel serves: 3 × 32 accumulators fill the 16 AVX2 registers.
 const ROWS: usize = 3;
 
@@ -27,14 +26,13 @@ pub struct Panels {
     data: Data,
 }
 
-/// `[⌈outputs / PANEL⌉, inputs, PANEL]` values, or `[⌈outputs / PANEL⌉, inputs / block, PANEL]` blocks; zero where the
-/// last panel is not full.
+/// `[⌈outputs / PANEL⌉, inputs, PANEL]` values, zero where the last panel is not full, or integers and scales.
 #[derive(Debug)]
 enum Data {
     F32(Vec<f32>),
     F16(Vec<f16>),
     BF16(Vec<bf16>),
-    Blocks(Kind, Vec<u8>),
+    Quants(Quants),
 }
 
 impl Panels {
@@ -58,17 +56,8 @@ impl Panels {
         if kind.block() == 1 {
             return Self::pack(source, outputs, inputs, |o, i| o * inputs + i);
         }
-        let (size, blocks) = (kind.block_bytes(), inputs / kind.block());
-        let mut data = vec![0; outputs.div_ceil(PANEL) * blocks * PANEL * size];
-        parallel_chunks(&mut data, (blocks * PANEL * size).max(1), |panel, data| {
-            for (n, to) in data.chunks_exact_mut(size).enumerate() {
-                let (block, output) = (n / PANEL, panel * PANEL + n % PANEL);
-                if output < outputs {
-                    to.copy_from_slice(&source.bytes()[(output * blocks + block) * size..][..size]);
-                }
-            }
-        });
-        Self { inputs, outputs, data: Data::Blocks(kind, data) }
+        let quants = Quants::pack(kind, (outputs, inputs), source.bytes());
+        Self { inputs, outputs, data: Data::Quants(quants) }
     }
 
     pub fn outputs(&self) -> usize {
@@ -108,7 +97,7 @@ pub fn matmul(w: &Panels, x: &[f32], out: &mut [f32]) {
         Data::F32(data) => run(w, data, x, out),
         Data::F16(data) => run(w, data, x, out),
         Data::BF16(data) => run(w, data, x, out),
-        Data::Blocks(kind, data) => run_blocks(w, *kind, data, x, out),
+        Data::Quants(quants) => run_quants(w, quants, x, out),
     }
 }
 
@@ -188,33 +177,51 @@ unsafe fn widen_avx2<T: Stored>(weights: &[T], out: &mut [f32]) {
     }
 }
 
-fn run_blocks(w: &Panels, kind: Kind, data: &[u8], x: &[f32], out: &mut [f32]) {
-    thread_local! {
-        /// `[PANEL, block]` and `[block, PANEL]`.
-        static UNPACKED: RefCell<[Vec<f32>; 2]> = RefCell::default();
-    }
-    let (block, size) = (kind.block(), PANEL * kind.block_bytes());
-    let blocks = w.inputs / block;
-    each_panel(w, x.len() / w.inputs, out, |panel, sums| {
-        UNPACKED.with_borrow_mut(|[rows, weights]| {
-            rows.resize(PANEL * block, 0.0);
-            weights.resize(PANEL * block, 0.0);
-            for (n, stored) in data[panel * blocks * size..][..blocks * size].chunks_exact(size).enumerate() {
-                unpack(kind, stored, rows, weights);
-                tiles(weights, &x[n * block..], w.inputs, sums);
-            }
-        });
-    });
+fn run_quants(w: &Panels, quants: &Quants, x: &[f32], out: &mut [f32]) {
+    let rows = x.len() / w.inputs;
+    // Σ x over every run of every row, which all panels need.
+    let totals: Vec<f32> = x.chunks_exact(quants.run()).map(sum_of).collect();
+    each_panel(w, rows, out, |panel, sums| quants_panel(quants, panel, x, &totals, sums));
+}
+
+fn sum_of(x: &[f32]) -> f32 {
+    super::sum(x)
 }
 
 kernel! {
-    /// A block of each output of a panel → their values: `rows [PANEL, block]`, and `panel [block, PANEL]`.
-    fn unpack(kind: Kind, stored: &[u8], rows: &mut [f32], panel: &mut [f32]) {
-        blocks::unpack(kind, stored, rows);
-        let block = kind.block();
-        for (i, panel) in panel.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
-            for (o, to) in panel.iter_mut().enumerate() {
-                *to = rows[o * block + i];
+    /// Computes the `sums` of one panel: run by run, for all rows.
+    fn quants_panel(w: &Quants, panel: usize, x: &[f32], totals: &[f32], sums: &mut [[f32; PANEL]]) {
+        let (run, block, runs) = (w.run(), w.kind.block(), w.inputs / w.run());
+        let direct = sums.len() <= ROWS && quants::direct(w.kind);
+        let mut scales = Scales::ZERO;
+        let mut unpacked = [0f32; quants::RUN * PANEL];
+        let unpacked = &mut unpacked[..run * PANEL];
+        for (n, block) in w.panel(panel).enumerate().map(|(n, stored)| (n * block / run, stored)) {
+            let (stored, q) = w.split(block);
+            let minima = scales.read(w.kind, stored);
+            for r in 0..w.kind.block() / run {
+                if !direct {
+                    quants::integers(w.kind, q, r, unpacked);
+                }
+                for (group, sums) in sums.chunks_mut(ROWS).enumerate() {
+                    let x = &x[group * ROWS * w.inputs + (n + r) * run..];
+                    let mut products = [[0f32; PANEL]; ROWS];
+                    let products = &mut products[..sums.len()];
+                    match (direct, sums.len()) {
+                        #[cfg(target_arch = "x86_64")]
+                        (true, 1) => quants::products::<1>(w.kind, (q, r), (x, w.inputs), products),
+                        #[cfg(target_arch = "x86_64")]
+                        (true, 2) => quants::products::<2>(w.kind, (q, r), (x, w.inputs), products),
+                        #[cfg(target_arch = "x86_64")]
+                        (true, _) => quants::products::<3>(w.kind, (q, r), (x, w.inputs), products),
+                        _ => tile(unpacked, x, w.inputs, products),
+                    }
+                    for (row, (products, sums)) in products.iter().zip(sums).enumerate() {
+                        let total = totals[(group * ROWS + row) * runs + n + r];
+                        let minima = minima.then_some(&scales.m[r]);
+                        quants::combine::<A>(products, (w.offset(), total), (&scales.d[r], minima), sums);
+                    }
+                }
             }
         }
     }
@@ -292,7 +299,7 @@ unsafe fn tile_avx2<T: Stored, const R: usize>(panel: &[T], x: &[f32], stride: u
 
 #[cfg(test)]
 mod tests {
-    use super::super::Team;
+    use super::super::{Team, blocks};
     use super::*;
     use proptest::prelude::*;
 
@@ -356,7 +363,7 @@ mod tests {
 
         #[test]
         fn blocks_compute_what_their_values_would(
-            kind in 3usize..Kind::ALL.len(), rows in 1usize..9, blocks in 1usize..3, outputs in 1usize..70, seed: u32,
+            kind in 3usize..Kind::ALL.len(), rows in 1usize..9, blocks in 1usize..4, outputs in 1usize..70, seed: u32,
         ) {
             let kind = Kind::ALL[kind];
             let inputs = blocks * kind.block();
@@ -365,13 +372,6 @@ mod tests {
             let w = Panels::pack_rows(&source, outputs, inputs);
             let x = values(rows * inputs, seed ^ 77);
             check(&w, |o, i| all[o * inputs + i], &x);
-            let plain = Panels::pack_rows(&source.unblocked(), outputs, inputs);
-            let run = |w| {
-                let mut out = vec![f32::NAN; rows * outputs];
-                matmul(w, &x, &mut out);
-                out
-            };
-            prop_assert_eq!(run(&w), run(&plain));
         }
 
         #[test]

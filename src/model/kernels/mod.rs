@@ -13,6 +13,7 @@ mod embed_attention;
 mod kind;
 mod matmul;
 mod norm;
+mod quants;
 mod team;
 mod tiny_attention;
 mod weight;
