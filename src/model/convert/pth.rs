@@ -1,5 +1,8 @@
 //! PyTorch's zip format (`torch.save` of a state dict) under the original names.
 
+use std::io::{self, Seek, SeekFrom, Write};
+
+use zip::result::ZipError;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
@@ -8,25 +11,74 @@ use super::{Conversion, Error, Kind, Out, Target};
 /// Writes the archive: the pickled state dict, then a file for each tensor.
 pub fn write(conversion: &Conversion, out: &mut impl Out) -> Result<(), Error> {
     let targets = conversion.originals()?;
-    let mut archive = ZipWriter::new(out);
+    let mut archive = ZipWriter::new(Failing { out, at: 0, end: 0, failed: false });
     let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
     for (name, content) in
         [("data.pkl", state_dict(&targets)), ("byteorder", b"little".to_vec()), ("version", b"3\n".to_vec())]
     {
         archive.start_file(format!("archive/{name}"), stored).map_err(broken)?;
-        std::io::Write::write_all(&mut archive, &content)?;
+        archive.write_all(&content)?;
     }
     conversion.each(&targets, |n, bytes| {
         let large = stored.large_file(bytes.len() > u32::MAX as usize);
         archive.start_file(format!("archive/data/{n}"), large).map_err(broken)?;
-        Ok(std::io::Write::write_all(&mut archive, bytes)?)
+        Ok(archive.write_all(bytes)?)
     })?;
     archive.finish().map_err(broken)?;
     Ok(())
 }
 
-fn broken(error: zip::result::ZipError) -> Error {
-    Error::Write(std::io::Error::other(error))
+fn broken(error: ZipError) -> Error {
+    match error {
+        ZipError::Io(error) => Error::Write(error),
+        other => Error::Write(io::Error::other(other)),
+    }
+}
+
+/// An output that takes anything once it has failed: an archive that is given up still tries to finish itself, and would
+/// complain on the standard error.
+struct Failing<'a, W> {
+    out: &'a mut W,
+    /// Where it is, and how far it got: from the failure on, in imagination.
+    at: u64,
+    end: u64,
+    failed: bool,
+}
+
+impl<W> Failing<'_, W> {
+    fn tell<T>(&mut self, given_up: T, done: impl FnOnce(&mut W) -> io::Result<T>) -> io::Result<T> {
+        if self.failed {
+            return Ok(given_up);
+        }
+        let done = done(self.out);
+        // Whoever is interrupted tries again.
+        self.failed = done.as_ref().is_err_and(|e| e.kind() != io::ErrorKind::Interrupted);
+        done
+    }
+}
+
+impl<W: Write> Write for Failing<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.tell(bytes.len(), |out| out.write(bytes))?;
+        self.at += written as u64;
+        self.end = self.end.max(self.at);
+        Ok(written)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.tell((), Write::flush)
+    }
+}
+
+impl<W: Seek> Seek for Failing<'_, W> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let place = match to {
+            SeekFrom::Start(place) => Some(place),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+            SeekFrom::End(by) => self.end.checked_add_signed(by),
+        };
+        self.at = self.tell(place.ok_or(io::ErrorKind::InvalidInput)?, |out| out.seek(to))?;
+        Ok(self.at)
+    }
 }
 
 /// The pickle of a dict of tensors, whose n-th is in the storage `n`.
