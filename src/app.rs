@@ -197,8 +197,19 @@ pub struct Opened {
 pub fn open(config: &config::Model, progress: &dyn Fn(usize, usize)) -> anyhow::Result<Opened> {
     let checkpoint = checkpoint(config)?;
     let state = config.state.as_deref().map(Checkpoint::open).transpose()?;
-    let model = model::load(&checkpoint, &LoadOptions { initial_state: state.as_ref(), progress })?;
-    Ok(Opened { model, checkpoint })
+    let model = model::load(&checkpoint, &LoadOptions { initial_state: state.as_ref(), progress });
+    Ok(Opened { model: model.with_context(|| files(config))?, checkpoint })
+}
+
+/// The files a model is made of, for errors that name a tensor.
+pub fn files(config: &config::Model) -> String {
+    let name = |file: &Option<PathBuf>| file.as_ref().map(|file| file.display().to_string());
+    let base = name(&config.file).unwrap_or_else(|| "the embedded model".into());
+    let added = [("LoRA", name(&config.lora)), ("state", name(&config.state))];
+    added.into_iter().fold(base, |all, (what, file)| match file {
+        Some(file) => format!("{all} with the {what} {file}"),
+        None => all,
+    })
 }
 
 /// Opens a model's checkpoint, with its LoRA adapter if it has one.
@@ -208,7 +219,10 @@ pub fn checkpoint(config: &config::Model) -> anyhow::Result<Checkpoint> {
         None => Checkpoint::in_memory("the embedded model", demo::WEIGHTS)?,
     };
     match &config.lora {
-        Some(lora) => Ok(checkpoint.with_lora(Lora::open(lora, config.lora_alpha)?)?),
+        Some(lora) => {
+            let adapter = Lora::open(lora, config.lora_alpha)?;
+            checkpoint.with_lora(adapter).with_context(|| format!("the LoRA {}", lora.display()))
+        }
         None => Ok(checkpoint),
     }
 }

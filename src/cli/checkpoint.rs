@@ -1,32 +1,33 @@
 //! Which checkpoint a command is about, how it is opened, and files that appear whole or not at all.
 
-use std::fs;
+use std::fs::File;
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use tempfile::NamedTempFile;
 
 use crate::app::{self, Opened};
 use crate::config;
+use crate::text::Tokenizer;
 
 /// A checkpoint and what is added to it.
 #[derive(Debug, Default, clap::Args)]
 pub struct Which {
-    /// Checkpoint file or folder [default: the embedded demonstration model]
+    /// Checkpoint file or folder, of any format that `serve` takes [default: the embedded demonstration model]
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
     /// `world`, `bytes`, a tokenizer.json or a vocabulary file [default: what the checkpoint says]
     #[arg(long, value_name = "NAME|FILE")]
     tokenizer: Option<String>,
-    /// State-tuned file that sequences start from
+    /// State-tuned file that every text begins from
     #[arg(long, value_name = "FILE")]
     state: Option<PathBuf>,
     /// LoRA adapter to merge
     #[arg(long, value_name = "FILE")]
     lora: Option<PathBuf>,
-    /// The alpha the adapter was trained with, which its file does not hold
+    /// The alpha that adapter was trained with [default: as the adapter_config.json beside it says]
     #[arg(long, value_name = "A", requires = "lora")]
     lora_alpha: Option<f32>,
 }
@@ -51,6 +52,16 @@ impl Which {
         bar.finish_and_clear();
         opened
     }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self, opened: &Opened) -> anyhow::Result<Arc<dyn Tokenizer>> {
+        app::tokenizer(&self.config(), &opened.checkpoint).context("the tokenizer")
+    }
+
+    /// Whether somebody said which tokenizer it is, rather than leaving it to the checkpoint.
+    pub fn names_tokenizer(&self) -> bool {
+        self.tokenizer.is_some()
+    }
 }
 
 /// A bar on a terminal, nothing elsewhere.
@@ -73,37 +84,43 @@ pub fn show(bar: &ProgressBar, done: usize, all: usize) {
     bar.set_position(done as u64);
 }
 
-/// Writes a file that has its name only when it is complete: a kill leaves nothing under it.
-pub fn write_whole(
-    path: &Path,
-    write: impl FnOnce(&mut BufWriter<NamedTempFile>) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
+/// Writes a file that has its name only when it is complete: a kill leaves nothing under it. Until then it is called
+/// `NAME.….part`.
+///
+/// # Errors
+/// Those of `write` as they are; what the disk says, with the path.
+pub fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> anyhow::Result<()>) -> anyhow::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let cannot = || format!("cannot write {}", path.display());
+    ensure!(folder.is_dir(), "{}: there is no folder {}", cannot(), folder.display());
+    let prefix = path.file_name().map(|name| format!("{}.", name.to_string_lossy())).unwrap_or_default();
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".rewake-").suffix(".part");
+    builder.prefix(&prefix).suffix(".part");
     #[cfg(unix)]
     // As any new file: readable by whom the user's umask says.
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = BufWriter::with_capacity(1 << 20, builder.tempfile_in(folder).with_context(cannot)?);
-    write(&mut file).with_context(cannot)?;
+    let (file, part) = builder.tempfile_in(folder).with_context(cannot)?.into_parts();
+    let mut file = BufWriter::with_capacity(1 << 20, file);
+    write(&mut file).map_err(|e| if e.is::<io::Error>() { e.context(cannot()) } else { e })?;
     let file = file.into_inner().map_err(io::IntoInnerError::into_error).with_context(cannot)?;
-    file.as_file().sync_all().with_context(cannot)?;
-    file.persist(path).with_context(cannot)?;
+    file.sync_all().with_context(cannot)?;
+    part.persist(path).map_err(|e| e.error).with_context(cannot)?;
     // The name is durable when the folder is.
-    fs::File::open(folder).and_then(|folder| folder.sync_all()).with_context(cannot)
+    File::open(folder).and_then(|folder| folder.sync_all()).with_context(cannot)
 }
 
 /// Prints to standard output; somebody who closed it has seen enough.
 pub fn print(text: &str) -> anyhow::Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        done => Ok(done?),
+        done => done.context("cannot write to the standard output"),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -115,9 +132,10 @@ mod tests {
             file.write_all(&[0; 1 << 21])?;
             anyhow::bail!("no more")
         });
-        assert!(failed.is_err());
+        assert_eq!(failed.expect_err("it failed").to_string(), "no more");
         assert_eq!(fs::read(&path).expect("the old file"), b"old");
         assert_eq!(fs::read_dir(folder.path()).expect("the folder").count(), 1);
-        assert!(write_whole(Path::new("/nowhere/out"), |_| Ok(())).is_err());
+        let error = write_whole(&folder.path().join("none/out"), |_| Ok(())).expect_err("no such folder").to_string();
+        assert!(error.contains("there is no folder"), "{error}");
     }
 }

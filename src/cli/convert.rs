@@ -4,27 +4,36 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
-use super::checkpoint::{progress, show, write_whole};
+use super::checkpoint::{print, progress, show, write_whole};
 use crate::config;
-use crate::model::{Conversion, Format, Kind};
+use crate::model::{Checkpoint, Conversion, Error, Format, Kind};
 use crate::{app, text};
 
+const EXAMPLES: &str = "\
+Examples:
+  rewake convert model.pth model.gguf --type q8_0            for llama.cpp, quantised
+  rewake convert model.gguf model.safetensors --type bf16    from a GGUF file, to RWKV's own tensor names
+  rewake convert model.pth merged.pth --lora tuned.pth --lora-alpha 32
+
+OUT appears when it is complete, not before; what was there is then replaced.";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Checkpoint file or folder to read
+    /// Checkpoint file or folder to read, of any format that `serve` takes
     #[arg(value_name = "IN")]
     from: PathBuf,
-    /// File to write: .pth, .safetensors or .gguf
+    /// File to write, whose ending says the format: .pth, .safetensors, or .gguf for llama.cpp (v6 and v7)
     #[arg(value_name = "OUT")]
     to: PathBuf,
-    /// Type of the large matrices: f32, f16, bf16; in GGUF also q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k
-    /// [default: as they are]
+    /// Type of the large matrices: f32, f16, bf16; in GGUF also q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k. All else
+    /// is small and keeps its type (f32 in GGUF) [default: as they are]
     #[arg(long = "type", value_name = "TYPE", value_parser = kind)]
     kind: Option<Kind>,
     /// LoRA adapter to merge; merged matrices get the type of the base, or the one of --type
     #[arg(long, value_name = "FILE")]
     lora: Option<PathBuf>,
-    /// The alpha the adapter was trained with, which its file does not hold
+    /// The alpha that adapter was trained with [default: as the adapter_config.json beside it says]
     #[arg(long, value_name = "A", requires = "lora")]
     lora_alpha: Option<f32>,
     /// The tokenizer a GGUF file gets: `world`, `bytes` or a vocabulary file [default: what the checkpoint says]
@@ -39,7 +48,6 @@ fn kind(name: &str) -> Result<Kind, String> {
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let format = Format::of(&args.to)
         .with_context(|| format!("{} says no format; end it with .pth, .safetensors or .gguf", args.to.display()))?;
-    ensure!(!same_file(&args.from, &args.to), "{} would be written over itself", args.from.display());
     let model = config::Model {
         file: Some(args.from.clone()),
         lora: args.lora.clone(),
@@ -48,10 +56,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         ..config::Model::default()
     };
     let checkpoint = app::checkpoint(&model)?;
+    let own = checkpoint.files().chain(args.lora.as_deref()).find(|file| same_file(file, &args.to));
+    ensure!(own.is_none(), "{} is what is read; write to another name", args.to.display());
     let vocabulary = if format == Format::Gguf { vocabulary(&model, &checkpoint)? } else { None };
-    if format == Format::Gguf && vocabulary.is_none() {
-        eprintln!("the file gets no vocabulary: llama.cpp has RWKV's own tokenizer, and this model has another");
-    }
+    let speechless = format == Format::Gguf && vocabulary.is_none();
     let bar = progress("converting", "tensors");
     let conversion = Conversion {
         checkpoint: &checkpoint,
@@ -61,14 +69,23 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         name: model.served_name(),
         progress: &|done, all| show(&bar, done, all),
     };
-    write_whole(&args.to, |file| Ok(conversion.write(file)?))?;
+    let write = |file: &mut _| match conversion.write(file) {
+        Err(Error::Write(e)) => Err(e.into()),
+        written => written.with_context(|| app::files(&model)),
+    };
+    write_whole(&args.to, write)?;
     bar.finish_and_clear();
-    println!("{}", args.to.display());
-    Ok(())
+    if speechless {
+        eprintln!(
+            "no vocabulary is in the file: llama.cpp has RWKV's own kind of tokenizer, and this model has another, or \
+             none that is known (--tokenizer)"
+        );
+    }
+    print(&format!("{}\n", args.to.display()))
 }
 
 /// Every id's token, if the model's vocabulary is one of byte strings of which text takes the longest.
-fn vocabulary(model: &config::Model, checkpoint: &crate::model::Checkpoint) -> anyhow::Result<Option<Vec<Vec<u8>>>> {
+fn vocabulary(model: &config::Model, checkpoint: &Checkpoint) -> anyhow::Result<Option<Vec<Vec<u8>>>> {
     let tokenizer = match app::tokenizer(model, checkpoint) {
         Ok(tokenizer) => tokenizer,
         // Only a choice that somebody made must be kept.

@@ -1,6 +1,7 @@
 //! `rewake eval`: perplexity of a text, accuracy on LAMBADA.
 
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,25 +9,30 @@ use anyhow::{Context, bail, ensure};
 use serde_json::json;
 
 use super::checkpoint::{Which, print, progress, show};
-use crate::app::{self, Opened};
 use crate::model::{Model, Pool};
 use crate::text::Tokenizer;
 use crate::types::{Row, SeqId, SlotId, Want};
 
+const EXAMPLES: &str = "\
+Examples:
+  rewake eval model.pth --text book.txt --limit 10000
+  rewake eval model.pth --lambada lambada_test.jsonl --json";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES, group = clap::ArgGroup::new("what").args(["text", "lambada"]).required(true))]
 pub struct Args {
     #[command(flatten)]
     which: Which,
     /// Text file whose perplexity is measured; an end of text that is written out begins a new document
-    #[arg(long, value_name = "FILE", required_unless_present = "lambada")]
+    #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// LAMBADA: a JSON object with a `text` in each line, whose last word is to be guessed
-    #[arg(long, value_name = "FILE", conflicts_with = "text")]
+    #[arg(long, value_name = "FILE")]
     lambada: Option<PathBuf>,
-    /// Use only the first N lines, or tokens
+    /// Use only the first N tokens of the text, or the first N passages of LAMBADA
     #[arg(long, value_name = "N")]
-    limit: Option<usize>,
-    /// Print JSON
+    limit: Option<NonZeroUsize>,
+    /// Print JSON, for programs
     #[arg(long)]
     json: bool,
 }
@@ -58,62 +64,72 @@ struct Score {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let Opened { model, checkpoint } = args.which.open()?;
-    let mut reader = Reader { model, text: app::tokenizer(&args.which.config(), &checkpoint)? };
+    let opened = args.which.open()?;
+    let text = args.which.tokenizer(&opened)?;
+    let mut reader = Reader { model: opened.model, text };
+    let limit = args.limit.map_or(usize::MAX, NonZeroUsize::get);
     let result = match (&args.text, &args.lambada) {
-        (Some(file), _) => reader.perplexity(file, args.limit)?,
-        (_, Some(file)) => reader.lambada(file, args.limit)?,
+        (Some(file), _) => reader.perplexity(file, limit)?,
+        (_, Some(file)) => reader.lambada(file, limit)?,
         _ => bail!("nothing to evaluate: give --text or --lambada"),
     };
     if args.json {
         return print(&format!("{result:#}\n"));
     }
     let lines = result.as_object().into_iter().flatten();
-    print(&lines.map(|(key, value)| format!("{:<16}{value}\n", key.replace('_', " "))).collect::<String>())
+    let shown = |value: &serde_json::Value| match value.as_f64().filter(|_| value.is_f64()) {
+        Some(number) => format!("{number:.4}"),
+        None => value.to_string(),
+    };
+    print(&lines.map(|(key, value)| format!("{:<16}{}\n", key.replace('_', " "), shown(value))).collect::<String>())
 }
 
 impl Reader {
     /// Every token of the text given all before it; the end of a document stands before the first.
-    fn perplexity(&mut self, file: &Path, limit: Option<usize>) -> anyhow::Result<serde_json::Value> {
+    fn perplexity(&mut self, file: &Path, limit: usize) -> anyhow::Result<serde_json::Value> {
         let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
         let mut ids = self.text.encode_special(&text);
-        ids.truncate(limit.unwrap_or(usize::MAX));
-        ensure!(!ids.is_empty(), "{} holds no tokens", file.display());
-        let bytes = self.text.decode(&ids).len();
+        ids.truncate(limit);
         // A model with a limited context reads the text in pieces that fit.
         let piece = self.model.description().context.map_or(usize::MAX, |context| context.saturating_sub(1).max(1));
         let passages: Vec<_> = ids.chunks(piece).map(|ids| self.passage(&[], ids)).collect();
+        let bytes: usize = passages.iter().map(|p| self.text.decode(&p.ids[p.scored..]).len()).sum();
         let scores = self.scores(&passages)?;
         let total = scores.iter().fold(Score::default(), |a, b| Score {
             nats: a.nats + b.nats,
             tokens: a.tokens + b.tokens,
             missed: a.missed + b.missed,
         });
-        let mean = total.nats / total.tokens.max(1) as f64;
+        ensure!(total.tokens > 0, "{} holds too little to judge", file.display());
+        let mean = total.nats / total.tokens as f64;
         Ok(json!({
             "tokens": total.tokens,
             "bytes": bytes,
             "nats_per_token": mean,
             "perplexity": mean.exp(),
             "bits_per_byte": total.nats / std::f64::consts::LN_2 / bytes.max(1) as f64,
-            "top1_agreement": 1.0 - total.missed as f64 / total.tokens.max(1) as f64,
+            "top1_agreement": 1.0 - total.missed as f64 / total.tokens as f64,
         }))
     }
 
     /// The last word of each text, with the space before it, given what stands before, as the original evaluations do it.
-    fn lambada(&mut self, file: &Path, limit: Option<usize>) -> anyhow::Result<serde_json::Value> {
+    fn lambada(&mut self, file: &Path, limit: usize) -> anyhow::Result<serde_json::Value> {
         let lines = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-        let lines = lines.lines().filter(|line| !line.trim().is_empty()).take(limit.unwrap_or(usize::MAX));
-        let passage = |(n, line): (usize, &str)| {
-            let wrong = || format!("{}, line {}: not an object with a `text` of two words", file.display(), n + 1);
+        let lines = lines.lines().zip(1..).filter(|(line, _)| !line.trim().is_empty()).take(limit);
+        let most = self.model.description().context.unwrap_or(usize::MAX);
+        let passage = |(line, n): (&str, usize)| {
+            let wrong = || format!("{}, line {n}: not an object with a `text` of two words", file.display());
             let json: serde_json::Value = serde_json::from_str(line).with_context(wrong)?;
             let text = json["text"].as_str().with_context(wrong)?.trim_end();
             let at = text.rfind(' ').filter(|&at| at > 0).with_context(wrong)?;
             let ids = |text| self.text.encode(text);
-            Ok(self.passage(&ids(&text[..at]), &ids(&text[at..])))
+            let passage = self.passage(&ids(&text[..at]), &ids(&text[at..]));
+            let read = passage.ids.len() - 1;
+            ensure!(read <= most, "{}, line {n}: {read} tokens are read, and the model has {most}", file.display());
+            Ok(passage)
         };
-        let passages = lines.enumerate().map(passage).collect::<anyhow::Result<Vec<_>>>()?;
-        ensure!(!passages.is_empty(), "{} is empty", file.display());
+        let passages = lines.map(passage).collect::<anyhow::Result<Vec<_>>>()?;
+        ensure!(!passages.is_empty(), "{} holds no passages", file.display());
         let scores = self.scores(&passages)?;
         let all = scores.len() as f64;
         let right = scores.iter().filter(|score| score.missed == 0).count();

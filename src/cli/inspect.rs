@@ -12,10 +12,10 @@ use crate::app;
 pub struct Args {
     #[command(flatten)]
     which: Which,
-    /// Print JSON
+    /// Print JSON, for programs
     #[arg(long)]
     json: bool,
-    /// List every tensor too
+    /// List every tensor too, under its original name, with type and shape
     #[arg(long)]
     tensors: bool,
 }
@@ -25,7 +25,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let opened = args.which.open()?;
     let (config, d) = (args.which.config(), opened.model.description());
     // A model can be looked at though nobody knows its tokenizer; serving it would need one.
-    let text = app::tokenizer(&config, &opened.checkpoint);
+    let text = match args.which.tokenizer(&opened) {
+        Err(e) if args.which.names_tokenizer() => return Err(e),
+        text => text,
+    };
     let profile = text.as_ref().ok().map(|text| app::profile(&config, &**text)).transpose()?;
     let tensors = opened.checkpoint.tensors();
     let mut kinds: BTreeMap<&str, u64> = BTreeMap::new();
@@ -43,7 +46,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         ("types", json!(kinds)),
         ("weight_bytes", json!(d.weight_bytes)),
         ("state_bytes", json!(d.state_bytes)),
-        ("tokenizer", json!(text.as_ref().map_or_else(|e| format!("{e:#}"), |text| text.name().into()))),
+        ("tokenizer", json!(text.as_ref().map_or_else(|e| e.root_cause().to_string(), |text| text.name().into()))),
         ("template", json!(profile.as_ref().map(|p| &p.name))),
         ("stop", json!(profile.as_ref().map(|p| &p.stop))),
         ("stop_tokens", json!(profile.as_ref().map(|p| &p.stop_tokens))),

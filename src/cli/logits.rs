@@ -7,24 +7,30 @@ use std::path::PathBuf;
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use super::checkpoint::{Which, progress, show, write_whole};
-use crate::app;
+use super::checkpoint::{Which, print, progress, show, write_whole};
 use crate::types::{Row, SegmentData, SeqId, SlotId, Want};
 
+const EXAMPLES: &str = "\
+Example:
+  rewake logits model.pth --tokens 510,444,1 --out logits.safetensors
+
+In Python: safetensors.numpy.load_file(\"logits.safetensors\")[\"logits\"]; row t foretells the token after the t-th.";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES, group = clap::ArgGroup::new("input").args(["tokens", "text"]).required(true))]
 pub struct Args {
     #[command(flatten)]
     which: Which,
-    /// Token ids, `1,2,3`, or a JSON file with a list of them (or an object whose `tokens` is one)
-    #[arg(long, value_name = "IDS|FILE", conflicts_with = "text", required_unless_present = "text")]
+    /// Tokens to read: ids, `1,2,3`, or a JSON file with a list of them (or an object whose `tokens` is one)
+    #[arg(long, value_name = "IDS|FILE")]
     tokens: Option<String>,
-    /// A text instead, read through the tokenizer
+    /// Text to read instead, through the tokenizer
     #[arg(long, value_name = "TEXT")]
     text: Option<String>,
-    /// Tokens read in one step; no other number gives other logits
+    /// Tokens read in one step: a matter of speed, the logits are the same bit for bit
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
     chunk: u32,
-    /// Safetensors file to write: `logits [T, V]` float32, and `state.*` after the last token
+    /// Safetensors file to write, all float32: `logits [T, V]`, and the state after the last token as `state.*`
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
 }
@@ -38,7 +44,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let ids = match (&args.tokens, &args.text) {
         (Some(tokens), _) => ids(tokens)?,
         (None, text) => {
-            let tokenizer = app::tokenizer(&args.which.config(), &opened.checkpoint)?;
+            let tokenizer = args.which.tokenizer(&opened)?;
             tokenizer.encode_special(text.as_deref().unwrap_or_default())
         }
     };
@@ -67,8 +73,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Ok(())
     })?;
     bar.finish_and_clear();
-    println!("{}: logits [{}, {vocabulary}] and the state", args.out.display(), ids.len());
-    Ok(())
+    print(&format!("{}: logits [{}, {vocabulary}] and the state\n", args.out.display(), ids.len()))
 }
 
 fn ids(tokens: &str) -> anyhow::Result<Vec<u32>> {

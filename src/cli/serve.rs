@@ -7,7 +7,7 @@ use clap::Args as Arguments;
 use indicatif::HumanBytes;
 use tokio::net::TcpListener;
 
-use super::checkpoint::{progress, show};
+use super::checkpoint::{print, progress, show};
 use crate::app::{self, App};
 use crate::config::{Config, Flags};
 use crate::session::ModelCard;
@@ -90,7 +90,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let models = load.await.context("loading was interrupted")??;
     let cards: Vec<ModelCard> = models.iter().map(|m| m.card.clone()).collect();
     sessions.open(models);
-    println!("{}", welcome(&config, &cards, address)?);
+    print(&format!("{}\n", welcome(&config, &cards, address)?))?;
     server.await.context("the server stopped")??;
     tracing::info!("stopped");
     Ok(())

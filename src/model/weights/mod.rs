@@ -104,6 +104,11 @@ impl Checkpoint {
         Some((info.shape.iter().product::<usize>() as u64, info.kind.tensor_bytes(&info.shape)? as u64))
     }
 
+    /// The files it is in.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
+    }
+
     /// The container it came in.
     pub fn format(&self) -> &'static str {
         self.format
