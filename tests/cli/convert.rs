@@ -212,7 +212,9 @@ fn a_kill_or_a_full_disk_leaves_what_was_there() {
                 // A machine with other things to do may be too late now and then.
                 let tries = (0..20).find(|_| {
                     clear(out.path());
-                    old.map(|old| std::fs::write(&to, old).expect("a file"));
+                    if let Some(old) = old {
+                        std::fs::write(&to, old).expect("a file");
+                    }
                     killed(&large, &to, size)
                 });
                 assert!(tries.is_some(), "{name} was always done before it was killed");
