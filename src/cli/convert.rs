@@ -11,8 +11,8 @@ use crate::{app, text};
 
 const EXAMPLES: &str = "\
 Examples:
-  rewake convert model.pth model.gguf --type q8_0            for llama.cpp, quantised
-  rewake convert model.gguf model.safetensors --type bf16    from a GGUF file, to RWKV's own tensor names
+  rewake convert model.pth model.gguf --type q8_0      for llama.cpp, quantised
+  rewake convert model.gguf model.safetensors --type bf16   back to RWKV's own names
   rewake convert model.pth merged.pth --lora tuned.pth --lora-alpha 32
 
 OUT appears when it is complete, not before; what was there is then replaced.";

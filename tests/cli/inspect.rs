@@ -57,6 +57,9 @@ fn every_generation_is_described() {
             all += stored.shape().iter().product::<usize>();
         }
         assert_eq!(about["parameters"], all, "{name}");
+        // All of the file but what no layer takes, in the types of the file unless something is merged.
+        let (taken, held) = (about["weight_bytes"].as_u64().expect("a number"), bytes.len() as u64);
+        assert!(args.len() > 1 || taken <= held && taken > held * 9 / 10 - 10_000, "{name}: {taken} of {held}");
         let kinds = about["types"].as_object().expect("an object");
         assert_eq!(kinds.values().filter_map(Value::as_u64).sum::<u64>(), all as u64, "{name}: {kinds:?}");
 
