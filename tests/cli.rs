@@ -128,6 +128,7 @@ fn every_command_explains_itself() {
             &["<IN>", "<OUT>", "--type", "--lora", "--tokenizer", ".pth, .safetensors, or .gguf", "q4_k", "Examples"],
         ),
         ("eval", &["[FILE]", "--text", "--lambada", "--limit", "--json", "perplexity", "whose last word", "Examples"]),
+        ("bench", &["[FILE]", "--prompt", "--tokens", "--streams", "--runs", "--threads", "--json", "median"]),
     ] {
         let help = run!(name, "--help").ok();
         // Lines are wrapped at the width of the terminal.
