@@ -2,8 +2,8 @@
 
 use super::kernel;
 
-/// Independent accumulators: enough to hide the latency of a fused multiply-add on two pipes of 8 or 16 lanes.
-const LANES: usize = 160;
+/// Independent accumulators: as many as fit the registers of AVX2, which hides the latency of a fused multiply-add.
+const LANES: usize = 96;
 const ROUNDS: usize = 1 << 15;
 
 /// Floating point operations of one call of [`burn`].

@@ -72,7 +72,7 @@ struct Plain {
 /// the upper.
 fn nibble(bytes: &[u8], half: usize, n: usize) -> u8 {
     let byte = bytes[n / (2 * half) * half + n % half];
-    if n / half % 2 == 0 { byte & 15 } else { byte >> 4 }
+    if (n / half).is_multiple_of(2) { byte & 15 } else { byte >> 4 }
 }
 
 /// Takes a block of ggml's apart.
@@ -305,13 +305,13 @@ pub fn integers(kind: Kind, q: &[u8], run: usize, out: &mut [f32]) {
     for (n, out) in out.iter_mut().enumerate() {
         let input = first + n;
         let low = words(low, input / 2);
-        let (above, bits) = match form.bits {
-            5 => (words(high, input / 8), 1),
-            6 => (words(high, input / 4), 2),
-            _ => ([0; 8], 0),
+        // What an integer has above four bits, so many of them, is that input's of those that share a word.
+        let (above, bits, at) = match form.bits {
+            5 => (words(high, input / 8), 1, input % 8),
+            6 => (words(high, input / 4), 2, input % 4),
+            _ => ([0; 8], 0, 0),
         };
         let mask = (1u32 << bits) - 1;
-        let at = if bits == 0 { 0 } else { input % (8 / bits) };
         for group in 0..4 {
             let (shift, above_shift) = (4 * (input % 2 * 4 + group), bits * (at * 4 + group));
             for l in 0..8 {
