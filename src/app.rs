@@ -13,7 +13,7 @@ use tokio::net::TcpListener;
 use crate::api;
 use crate::config::{self, Config, ProfileChoice};
 use crate::engine::{Handle, ModelBackend};
-use crate::model::{self, Checkpoint, LoadOptions, Lora};
+use crate::model::{self, Checkpoint, LoadOptions, Lora, Team};
 use crate::scheduler::Limits;
 use crate::session::{InitialStates, Model, ModelCard, Sessions};
 use crate::state::{Archive, InMemory, Local, Store};
@@ -109,7 +109,9 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
         for file in given.chain(model.initial_state.iter().map(|state| &state.file)) {
             let shown = file.display();
             let metadata = fs::metadata(file).with_context(|| format!("cannot open {shown}"))?;
-            anyhow::ensure!(metadata.is_file(), "{shown} is not a regular file");
+            // A model may be a folder, as at Hugging Face.
+            let folder = metadata.is_dir() && Some(file) == model.file.as_ref();
+            anyhow::ensure!(metadata.is_file() || folder, "{shown} is not a regular file");
             fs::File::open(file).with_context(|| format!("cannot open {shown}"))?;
         }
         if let Some(lora) = &model.lora {
@@ -125,25 +127,21 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Loads every configured model. `progress` hears (model, tensors loaded, tensors in all).
+/// Loads every configured model. `progress` hears (model, bytes of weights loaded, bytes in all).
 pub fn load_models(config: &Config, progress: &dyn Fn(&str, usize, usize)) -> anyhow::Result<Vec<Model>> {
-    let threads = rayon::ThreadPoolBuilder::new()
-        .num_threads(config.engine.threads)
-        .thread_name(|n| format!("compute {n}"))
-        .build()
-        .context("starting the compute threads")?;
-    let threads = Arc::new(threads);
-    config.model.iter().map(|model| load_model(model, &config.engine, &threads, progress)).collect()
+    let team = Arc::new(Team::new(config.engine.threads).context("starting the compute threads")?);
+    config.model.iter().map(|model| load_model(model, &config.engine, &team, progress)).collect()
 }
 
 fn load_model(
     config: &config::Model,
     engine: &config::Engine,
-    threads: &Arc<rayon::ThreadPool>,
+    team: &Arc<Team>,
     progress: &dyn Fn(&str, usize, usize),
 ) -> anyhow::Result<Model> {
     let name = config.served_name();
-    let opened = open(config, &|done, all| progress(&name, done, all)).and_then(|Opened { model, checkpoint }| {
+    let opened = team.install(|| open(config, &|done, all| progress(&name, done, all)));
+    let opened = opened.and_then(|Opened { model, checkpoint }| {
         let text = tokenizer(config, &checkpoint).context("the tokenizer")?;
         let profile = profile(config, &*text)?;
         let initial = initial_states(config, &model)?;
@@ -152,7 +150,7 @@ fn load_model(
     let (model, text, profile, initial) = opened.with_context(|| format!("loading model `{name}`"))?;
     let d = model.description().clone();
     let seats = engine.seats;
-    let backend = ModelBackend::new(model, 2 * seats, threads.clone())?;
+    let backend = ModelBackend::new(model, 2 * seats, team.clone())?;
     let limits = Limits { seats, queue: engine.queue, budget: engine.budget, busy_budget: engine.busy_budget };
     let engine = Handle::start(&name, backend, text.clone(), limits).context("starting the engine thread")?;
     let card = ModelCard {
@@ -164,6 +162,7 @@ fn load_model(
         width: d.width,
         vocabulary: d.vocabulary,
         parameters: d.parameters,
+        weight_bytes: d.weight_bytes,
         state_bytes: d.state_bytes,
         context: d.context,
         fingerprint: d.fingerprint,
@@ -194,7 +193,7 @@ pub struct Opened {
     pub checkpoint: Checkpoint,
 }
 
-/// Loads one model. `progress` hears (tensors loaded, tensors in all).
+/// Loads one model. `progress` hears (bytes of weights loaded, bytes in all).
 pub fn open(config: &config::Model, progress: &dyn Fn(usize, usize)) -> anyhow::Result<Opened> {
     let checkpoint = checkpoint(config)?;
     let state = config.state.as_deref().map(Checkpoint::open).transpose()?;
@@ -217,28 +216,14 @@ pub fn checkpoint(config: &config::Model) -> anyhow::Result<Checkpoint> {
 /// The tokenizer: as configured, else as the checkpoint says, else from beside it, else by the size of the vocabulary.
 pub fn tokenizer(config: &config::Model, checkpoint: &Checkpoint) -> anyhow::Result<Arc<dyn Tokenizer>> {
     let vocabulary = checkpoint.vocabulary_size().context("the checkpoint has no embedding table")?;
-    let beside = |name: &str| {
-        let file = config.file.as_ref()?;
-        let file = if file.is_dir() { file.join(name) } else { file.with_file_name(name) };
-        file.exists().then_some(file)
-    };
     let tokenizer = match (config.tokenizer.as_deref(), &config.file) {
         (Some("world"), _) => text::world(),
         (Some("bytes"), _) => text::bytes(),
         (Some(file), _) => tokenizer_file(Path::new(file))?,
         (None, None) => text::from_json(demo::TOKENIZER)?,
-        (None, _) => match (checkpoint.vocabulary()?, beside("tokenizer.json"), beside(PILE_TOKENIZER)) {
-            (Some(literals), ..) => text::from_literals(&literals)?,
-            (_, Some(file), _) => tokenizer_file(&file)?,
-            _ if WORLD_VOCABULARY.contains(&vocabulary) => text::world(),
-            _ if vocabulary == 256 => text::bytes(),
-            (.., Some(file)) if PILE_VOCABULARY.contains(&vocabulary) => tokenizer_file(&file)?,
-            _ if PILE_VOCABULARY.contains(&vocabulary) => bail!(
-                "a vocabulary of {vocabulary} ids is that of GPT-NeoX: put its `{PILE_TOKENIZER}` beside the model, or name it with --tokenizer"
-            ),
-            _ => bail!(
-                "none is known for a vocabulary of {vocabulary} ids; give one with --tokenizer (`world`, `bytes`, a tokenizer.json or a vocabulary file)"
-            ),
+        (None, Some(file)) => match checkpoint.vocabulary()? {
+            Some(literals) => text::from_literals(&literals)?,
+            None => tokenizer_beside(file, vocabulary)?,
         },
     };
     if tokenizer.vocab_size() > vocabulary {
@@ -248,11 +233,41 @@ pub fn tokenizer(config: &config::Model, checkpoint: &Checkpoint) -> anyhow::Res
     Ok(tokenizer)
 }
 
+/// What stands beside a checkpoint, or is known of a vocabulary of this size.
+fn tokenizer_beside(checkpoint: &Path, vocabulary: usize) -> anyhow::Result<Arc<dyn Tokenizer>> {
+    let beside = |name: &str| {
+        let file = if checkpoint.is_dir() { checkpoint.join(name) } else { checkpoint.with_file_name(name) };
+        file.exists().then_some(file)
+    };
+    let pile = PILE_VOCABULARY.contains(&vocabulary);
+    if let Some(file) = beside("tokenizer.json") {
+        return tokenizer_file(&file);
+    }
+    if WORLD_VOCABULARY.contains(&vocabulary) {
+        return Ok(text::world());
+    }
+    if vocabulary == 256 {
+        return Ok(text::bytes());
+    }
+    if let Some(file) = beside(WORLD_FILE).or_else(|| beside(PILE_FILE).filter(|_| pile)) {
+        return tokenizer_file(&file);
+    }
+    let known = if pile {
+        format!("GPT-NeoX's has as many: put its `{PILE_FILE}` beside the model, or")
+    } else {
+        String::new()
+    };
+    bail!(
+        "none is known for a vocabulary of {vocabulary} ids; {known} give one with --tokenizer (`world`, `bytes`, a tokenizer.json or a vocabulary file)"
+    )
+}
+
 /// Sizes that models of the World vocabulary have, and those of the Pile, whose head may be padded.
 const WORLD_VOCABULARY: RangeInclusive<usize> = 65_530..=65_536;
 const PILE_VOCABULARY: RangeInclusive<usize> = 50_254..=50_432;
-/// The name under which BlinkDL's repositories carry GPT-NeoX's tokenizer.
-const PILE_TOKENIZER: &str = "20B_tokenizer.json";
+/// The names under which repositories of RWKV models carry the two.
+const WORLD_FILE: &str = "rwkv_vocab_v20230424.txt";
+const PILE_FILE: &str = "20B_tokenizer.json";
 
 fn tokenizer_file(file: &Path) -> anyhow::Result<Arc<dyn Tokenizer>> {
     let shown = file.display();
@@ -275,6 +290,7 @@ pub fn profile(config: &config::Model, text: &dyn Tokenizer) -> anyhow::Result<P
         (Some(ProfileChoice::Named(name)), _) => name.as_str(),
         (None, None) => demo::PROFILE,
         (None, Some(_)) if text.name() == "world" => "g1",
+        (None, Some(_)) if PILE_VOCABULARY.contains(&text.vocab_size()) => "pile",
         (None, Some(_)) => "world",
     };
     builtin_profile(name)

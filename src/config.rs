@@ -1,6 +1,6 @@
 //! The configuration: defaults ← file ← environment ← flags. Each section is owned by the room it configures.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -83,7 +83,7 @@ pub struct Model {
     /// Served name; empty = the file's name, or `stories` for the embedded model.
     pub name: String,
     pub aliases: Vec<String>,
-    /// A `.safetensors` or `.pth` file; none = the embedded model.
+    /// A checkpoint file of any format, or a folder as at Hugging Face; none = the embedded model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
     /// A LoRA adapter to merge.
@@ -277,8 +277,12 @@ impl Model {
         if !self.name.is_empty() {
             return self.name.clone();
         }
-        let stem = |file: &Path| file.file_stem().map(|s| s.to_string_lossy().replace(char::is_whitespace, "-"));
-        self.file.as_deref().map_or_else(|| "stories".into(), |file| stem(file).unwrap_or_default())
+        let Some(file) = &self.file else { return "stories".into() };
+        let name = file.file_name().map_or("model".into(), |name| name.to_string_lossy());
+        // Only what is the ending of a checkpoint goes: a folder may be called rwkv7-1.5B.
+        let endings = [".safetensors.index.json", ".safetensors", ".pth", ".gguf", ".bin", ".st"];
+        let stem = endings.iter().find_map(|ending| name.strip_suffix(ending)).unwrap_or(&name);
+        stem.replace(char::is_whitespace, "-")
     }
 }
 

@@ -43,7 +43,7 @@ fn steps(model: &mut Model, pool: &mut Pool, ids: &[u32], rows: &[Row]) -> Vec<V
 fn models(case: &Case) -> Vec<(String, Model)> {
     let at = |name: &str| case.folder.join(name);
     let mut models = Vec::new();
-    for file in ["model.safetensors", "model.pth", "model_with_state.pth"] {
+    for file in ["model.safetensors", "model.pth", "model_with_state.pth", "model_whole_module.pth"] {
         if !at(file).exists() {
             continue;
         }

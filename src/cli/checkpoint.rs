@@ -46,7 +46,7 @@ impl Which {
 
     /// Loads the model, with a bar.
     pub fn open(&self) -> anyhow::Result<Opened> {
-        let bar = progress("loading", "tensors");
+        let bar = progress("loading", "bytes");
         let opened = app::open(&self.config(), &|done, all| show(&bar, done, all));
         bar.finish_and_clear();
         opened
@@ -58,7 +58,11 @@ pub fn progress(doing: &str, unit: &str) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let template = format!("{doing} {{msg}} {{bar:40}} {{pos}}/{{len}} {unit} {{elapsed}}");
+    let count = match unit {
+        "bytes" => "{bytes}/{total_bytes}".into(),
+        unit => format!("{{pos}}/{{len}} {unit}"),
+    };
+    let template = format!("{doing} {{msg}} {{bar:40}} {count} {{elapsed}}");
     ProgressBar::new(1)
         .with_style(ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar()))
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::checkpoint::{Which, print};
 use crate::app;
@@ -32,40 +32,41 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     for tensor in tensors.values() {
         *kinds.entry(tensor.kind.name()).or_default() += tensor.shape.iter().product::<usize>() as u64;
     }
-    let about = json!({
-        "generation": d.generation,
-        "layers": d.layers,
-        "width": d.width,
-        "vocabulary": d.vocabulary,
-        "parameters": d.parameters,
-        "format": opened.checkpoint.format(),
-        "types": kinds,
-        "context": d.context,
-        "state_bytes": d.state_bytes,
-        "tokenizer": text.as_ref().map_or_else(|e| format!("{e:#}"), |text| text.name().into()),
-        "template": profile.as_ref().map(|p| &p.name),
-        "stop": profile.as_ref().map(|p| &p.stop),
-        "stop_tokens": profile.as_ref().map(|p| &p.stop_tokens),
-        "fingerprint": d.fingerprint,
-        "arithmetic": d.arithmetic,
-    });
+    let about = [
+        ("generation", json!(d.generation)),
+        ("layers", json!(d.layers)),
+        ("width", json!(d.width)),
+        ("vocabulary", json!(d.vocabulary)),
+        ("context", json!(d.context)),
+        ("parameters", json!(d.parameters)),
+        ("format", json!(opened.checkpoint.format())),
+        ("types", json!(kinds)),
+        ("weight_bytes", json!(d.weight_bytes)),
+        ("state_bytes", json!(d.state_bytes)),
+        ("tokenizer", json!(text.as_ref().map_or_else(|e| format!("{e:#}"), |text| text.name().into()))),
+        ("template", json!(profile.as_ref().map(|p| &p.name))),
+        ("stop", json!(profile.as_ref().map(|p| &p.stop))),
+        ("stop_tokens", json!(profile.as_ref().map(|p| &p.stop_tokens))),
+        ("fingerprint", json!(d.fingerprint)),
+        ("arithmetic", json!(d.arithmetic)),
+    ];
     let tensors = tensors.iter().filter(|_| args.tensors);
     if args.json {
-        let mut about = about;
+        let mut object: Map<_, _> = about.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
         if args.tensors {
             let list = tensors.map(|(name, t)| json!({"name": name, "type": t.kind.name(), "shape": t.shape}));
-            about["tensors"] = list.collect();
+            object.insert("tensors".into(), list.collect());
         }
-        return print(&format!("{about:#}\n"));
+        return print(&format!("{:#}\n", Value::Object(object)));
     }
-    let mut text = String::new();
-    for (key, value) in about.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
-        writeln!(text, "{:<13}{}", key.replace('_', " "), shown(key, value))?;
+    let mut lines = String::new();
+    for (key, value) in about.iter().filter(|(_, value)| !value.is_null()) {
+        writeln!(lines, "{:<13}{}", key.replace('_', " "), shown(key, value))?;
     }
     for (name, tensor) in tensors {
-        writeln!(text, "  {name} {} {:?}", tensor.kind, tensor.shape)?;
+        writeln!(lines, "  {name} {} {:?}", tensor.kind, tensor.shape)?;
     }
-    print(&text)
+    print(&lines)
 }
 
 /// A value as people read it.

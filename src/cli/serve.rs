@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args as Arguments;
+use indicatif::HumanBytes;
 use tokio::net::TcpListener;
 
 use super::checkpoint::{progress, show};
@@ -14,7 +15,7 @@ use crate::telemetry;
 
 #[derive(Debug, Default, Arguments)]
 pub struct Args {
-    /// Checkpoint to serve (.safetensors or .pth) [default: the embedded demonstration model]
+    /// Checkpoint file or folder to serve: .pth, .safetensors, .st, .gguf, .bin [default: the embedded demonstration model]
     #[arg(long, value_name = "FILE")]
     model: Option<PathBuf>,
     /// LoRA adapter to merge into the checkpoint as it is loaded (.safetensors or .pth)
@@ -68,7 +69,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let sessions = app.sessions.clone();
     let loading = config.clone();
     let load = tokio::task::spawn_blocking(move || {
-        let bar = progress("loading", "tensors");
+        let bar = progress("loading", "bytes");
         let models = app::load_models(&loading, &|name, done, all| {
             bar.set_message(name.to_owned());
             show(&bar, done, all);
@@ -99,12 +100,13 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 fn welcome(config: &Config, cards: &[ModelCard], address: std::net::SocketAddr) -> anyhow::Result<String> {
     let mut lines = vec![format!("Rewake {} is serving on http://{address}", env!("CARGO_PKG_VERSION"))];
     for (card, model) in cards.iter().zip(&config.model) {
-        let millions = card.parameters as f64 / 1e6;
         lines.push(format!(
-            "  model   {}: RWKV-{}, {millions:.1} M parameters, {} KB of state a conversation",
+            "  model   {}: RWKV-{}, {:.1} M parameters in {}, {} of state a conversation",
             card.id,
             card.generation.trim_start_matches('v'),
-            card.state_bytes.div_ceil(1024)
+            card.parameters as f64 / 1e6,
+            HumanBytes(card.weight_bytes),
+            HumanBytes(card.state_bytes)
         ));
         if model.file.is_none() {
             lines.push(

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::model::{self, Model, Pool};
+use crate::model::{self, Model, Pool, Team};
 use crate::types::{Row, SegmentData, SlotId};
 
 /// Something that reads tokens into slots of state and gives logits.
@@ -24,20 +24,24 @@ pub trait Backend: Send {
     fn snapshot(&self, slot: SlotId) -> Vec<SegmentData>;
     /// Makes one slot equal to another.
     fn copy(&mut self, from: SlotId, into: SlotId);
+    /// Runs `task` for every number below `tasks`, on as many threads as there are for it.
+    fn share(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
+    }
 }
 
 /// A model with its pool, on the compute threads that all models share.
 pub struct ModelBackend {
     model: Model,
     pool: Pool,
-    threads: Arc<rayon::ThreadPool>,
+    team: Arc<Team>,
 }
 
 impl ModelBackend {
     /// Room for `slots` states of `model`.
-    pub fn new(model: Model, slots: usize, threads: Arc<rayon::ThreadPool>) -> Result<Self, model::Error> {
+    pub fn new(model: Model, slots: usize, team: Arc<Team>) -> Result<Self, model::Error> {
         let pool = model.pool(slots)?;
-        Ok(Self { model, pool, threads })
+        Ok(Self { model, pool, team })
     }
 }
 
@@ -49,8 +53,8 @@ impl Backend for ModelBackend {
         self.pool.slots()
     }
     fn step(&mut self, ids: &[u32], rows: &[Row], logits: &mut Vec<f32>) -> Result<(), String> {
-        let Self { model, pool, threads } = self;
-        threads.install(|| model.step(pool, ids, rows, logits)).map_err(|e| e.to_string())
+        let Self { model, pool, team } = self;
+        team.install(|| model.step(pool, ids, rows, logits)).map_err(|e| e.to_string())
     }
     fn reset(&mut self, slot: SlotId) {
         self.pool.reset(slot);
@@ -63,5 +67,12 @@ impl Backend for ModelBackend {
     }
     fn copy(&mut self, from: SlotId, into: SlotId) {
         self.pool.copy(from, into);
+    }
+    fn share(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        if tasks > 1 {
+            self.team.share(tasks, task);
+        } else {
+            (0..tasks).for_each(task);
+        }
     }
 }

@@ -1,16 +1,18 @@
 //! The loop of one engine.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::response::Response;
 use super::{Backend, Event, Gauges, Job, Kept, Permit, Submission};
+use crate::sample;
 use crate::scheduler::{JobId, Limits, Need, Next, Plan, Scheduler, Seat, Span};
 use crate::telemetry::{clock, metrics};
 use crate::text::Tokenizer;
@@ -49,6 +51,26 @@ struct Live {
 struct Choice {
     response: Response,
     place: Place,
+}
+
+/// A choice whose next token is to be chosen.
+struct Draw<'a> {
+    job: JobId,
+    choice: usize,
+    logits: Logits<'a>,
+    token: Option<Result<u32, sample::Error>>,
+}
+
+enum Logits<'a> {
+    /// The step's own.
+    Own(&'a mut [f32]),
+    Copy(Vec<f32>),
+}
+
+impl<'a> Draw<'a> {
+    fn of(job: JobId, choice: usize, logits: Logits<'a>) -> Self {
+        Self { job, choice, logits, token: None }
+    }
 }
 
 /// Where a sequence's state is.
@@ -207,18 +229,43 @@ impl Engine {
         }
         let mut logits = std::mem::take(&mut self.logits);
         let mut wanted = logits.chunks_exact_mut(self.backend.vocabulary());
+        let mut draws = Vec::new();
         for (span, row) in spans.into_iter().zip(rows) {
             self.moved(span, &row);
             if row.want == Want::Nothing {
                 continue;
             }
             let logits = wanted.next().expect("one position of logits for each row that wants them");
-            match span.choice {
-                Some(choice) => self.advance(span.job, choice, logits),
-                None => self.begin(span.job, logits),
-            }
+            let choices = span.choice.map_or_else(|| self.begin(span.job), |choice| choice..choice + 1);
+            // Sampling spoils the logits, so choices that begin from the same ones have copies.
+            let copy = |choice| Draw::of(span.job, choice, Logits::Copy(logits.to_vec()));
+            let copies: Vec<_> = choices.clone().skip(1).map(copy).collect();
+            draws.push(Draw::of(span.job, choices.start, Logits::Own(logits)));
+            draws.extend(copies);
+        }
+        for (job, choice, token) in self.sample(draws) {
+            self.advance(job, choice, token);
         }
         self.logits = logits;
+    }
+
+    /// Chooses the next token of every choice in `draws`, which do not depend on each other, on all processors.
+    fn sample(&self, draws: Vec<Draw>) -> Vec<(JobId, usize, Result<u32, sample::Error>)> {
+        let (jobs, draws) = (&self.jobs, draws.into_iter().map(Mutex::new).collect::<Vec<_>>());
+        self.backend.share(draws.len(), &|n| {
+            let mut draw = draws[n].lock().unwrap_or_else(PoisonError::into_inner);
+            let choice = jobs.get(&draw.job).and_then(|live| live.choices[draw.choice].as_ref());
+            let logits = match &mut draw.logits {
+                Logits::Own(logits) => logits,
+                Logits::Copy(copy) => copy.as_mut_slice(),
+            };
+            draw.token = choice.map(|choice| choice.response.sample(logits));
+        });
+        let token = |draw: Mutex<Draw>| {
+            let Draw { job, choice, token, .. } = draw.into_inner().unwrap_or_else(PoisonError::into_inner);
+            Some((job, choice, token?))
+        };
+        draws.into_iter().filter_map(token).collect()
     }
 
     /// Gives a job its seats and puts its state there.
@@ -277,26 +324,21 @@ impl Engine {
     }
 
     /// The prompt is read: every choice samples its first token from the same logits.
-    fn begin(&mut self, id: JobId, logits: &mut [f32]) {
-        let Some(live) = self.jobs.get_mut(&id) else { return };
+    fn begin(&mut self, id: JobId) -> Range<usize> {
+        let live = self.jobs.get_mut(&id).expect("only live jobs are planned");
         let (first, n) = (live.job.first_choice, live.job.choices);
         let fed = live.response.tokens();
         let place = Place { fed, shared: n > 1, ..live.prompt };
         let choice = |j| Some(Choice { response: live.response.for_choice(first + j), place });
         live.choices = (0..n).map(choice).collect();
-        let mut copy = Vec::new();
-        for j in 0..n {
-            copy.clear();
-            copy.extend_from_slice(logits);
-            self.advance(id, j, &mut copy);
-        }
+        0..n
     }
 
-    /// Samples a choice's next token, sends its text and says how the choice goes on.
-    fn advance(&mut self, id: JobId, index: usize, logits: &mut [f32]) {
+    /// Takes a choice's next token, sends its text and says how the choice goes on.
+    fn advance(&mut self, id: JobId, index: usize, token: Result<u32, sample::Error>) {
         let Some(live) = self.jobs.get_mut(&id) else { return };
         let Some(choice) = live.choices[index].as_mut() else { return };
-        let accepted = match choice.response.sample(logits) {
+        let accepted = match token {
             Ok(token) => choice.response.accept(token, &*self.text),
             Err(why) => return self.fail(id, &why.to_string()),
         };

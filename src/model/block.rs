@@ -223,6 +223,8 @@ pub struct Description {
     pub width: usize,
     pub vocabulary: usize,
     pub parameters: u64,
+    /// Memory that the weights take, in the types they are served in.
+    pub weight_bytes: u64,
     pub fingerprint: String,
     pub arithmetic: &'static str,
     /// Bytes of one sequence's state, what grows with the text not counted.
@@ -283,10 +285,11 @@ impl Model {
         &self.segments
     }
 
-    /// Says what was read: the weights' fingerprint, and the state a fresh sequence starts from where it is not the
+    /// Says what was read: the weights' fingerprint and size, and the state a fresh sequence starts from where it is not the
     /// segments' own `init`.
-    pub(super) fn complete(&mut self, fingerprint: String, initial: Vec<SegmentData>) {
+    pub(super) fn complete(&mut self, fingerprint: String, weight_bytes: u64, initial: Vec<SegmentData>) {
         self.description.fingerprint = fingerprint;
+        self.description.weight_bytes = weight_bytes;
         self.initial = initial;
     }
 

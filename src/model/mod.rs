@@ -17,6 +17,7 @@ mod kernels;
 mod linear;
 mod low_rank;
 mod pool;
+pub mod probe;
 mod registry;
 mod tiny_attention;
 mod v1;
@@ -34,7 +35,7 @@ mod workspace;
 
 pub use block::{Description, Model};
 pub use convert::{Conversion, Format};
-pub use kernels::Kind;
+pub use kernels::{Kind, Team};
 pub use pool::Pool;
 pub use registry::{LoadOptions, load};
 pub use weights::{Checkpoint, Lora, TensorInfo};

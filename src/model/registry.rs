@@ -29,7 +29,7 @@ const GENERATIONS: &[Generation] = &[
 pub struct LoadOptions<'a> {
     /// A state-tuned file whose `blocks.N.att.time_state` every fresh sequence starts from.
     pub initial_state: Option<&'a Checkpoint>,
-    /// Called with (tensors loaded, tensors in all).
+    /// Called with (bytes of weights loaded, bytes in all).
     pub progress: &'a dyn Fn(usize, usize),
 }
 
@@ -53,6 +53,7 @@ pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Err
         width: sizes.width,
         vocabulary: sizes.vocabulary,
         parameters: checkpoint.parameters(),
+        weight_bytes: 0,
         fingerprint: String::new(),
         arithmetic: "",
         state_bytes: 0,
@@ -60,11 +61,12 @@ pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Err
     };
     let mut model = Model::new(description, parts(&loader, generation, &sizes)?);
     let mut initial = time_states(&loader, generation, &model)?;
+    let bytes = loader.bytes();
     let fingerprint = loader.finish()?;
     if let Some(file) = options.initial_state {
         initial = state_tuned(file, generation, &model)?;
     }
-    model.complete(fingerprint, initial);
+    model.complete(fingerprint, bytes, initial);
     Ok(model)
 }
 

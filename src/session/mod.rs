@@ -40,6 +40,8 @@ pub struct ModelCard {
     /// Rows of the head: every valid token id is below it.
     pub vocabulary: usize,
     pub parameters: u64,
+    /// Memory that the weights take.
+    pub weight_bytes: u64,
     /// Bytes of the recurrent state of one sequence.
     pub state_bytes: u64,
     /// Tokens a sequence can have, where the model has such a limit.

@@ -11,7 +11,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use rayon::prelude::*;
 use rewake::config;
 use rewake::engine::{Event, Handle, Job, ModelBackend};
-use rewake::model::{Checkpoint, LoadOptions, Model, load};
+use rewake::model::{Checkpoint, LoadOptions, Model, Team, load};
 use rewake::scheduler::Limits;
 use rewake::state::{Archive, InMemory, Local, Store};
 use rewake::text::{self, Tokenizer, Trim};
@@ -42,8 +42,8 @@ fn ids(count: usize) -> Vec<u32> {
 /// An engine as the server starts it.
 fn engine(model: Model, text: Arc<dyn Tokenizer>) -> Handle {
     let config::Engine { seats, queue, budget, busy_budget, threads } = config::Engine::default();
-    let threads = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-    let backend = ModelBackend::new(model, 2 * seats, Arc::new(threads)).expect("a pool");
+    let team = Team::new(threads).expect("threads");
+    let backend = ModelBackend::new(model, 2 * seats, Arc::new(team)).expect("a pool");
     Handle::start("bench", backend, text, Limits { seats, queue, budget, busy_budget }).expect("a thread")
 }
 
@@ -102,6 +102,7 @@ fn kernels(c: &mut Criterion) {
     let folder = tempfile::tempdir().expect("a folder");
     let mut model = synthetic(folder.path());
     let mut pool = model.pool(1).expect("a pool");
+    let team = Team::new(0).expect("threads");
     let (layers, head) = synthetic::SMALL.weights();
     let mut group = c.benchmark_group("step of v7 0.1B f16");
     group.sample_size(10);
@@ -115,9 +116,11 @@ fn kernels(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("rows", rows), |b| {
             pool.reset(SlotId(0));
             let mut logits = Vec::new();
-            b.iter(|| {
-                logits.clear();
-                model.step(&mut pool, &ids, std::slice::from_ref(&row), &mut logits).expect("a step");
+            team.install(|| {
+                b.iter(|| {
+                    logits.clear();
+                    model.step(&mut pool, &ids, std::slice::from_ref(&row), &mut logits).expect("a step");
+                });
             });
         });
     }

@@ -17,6 +17,7 @@ pub fn card() -> ModelCard {
         width: 64,
         vocabulary: VOCABULARY,
         parameters: 1,
+        weight_bytes: 1,
         state_bytes: 1,
         context: None,
         fingerprint: "f".into(),

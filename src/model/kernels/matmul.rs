@@ -2,21 +2,19 @@
 //!
 //! A panel holds [`PANEL`] outputs: for each input, in order, that many weights side by side. One output element is one
 //! accumulator that walks the inputs from first to last, whatever the number of rows, so a row's result never depends on
-//! the rows beside it. Weights in ggml's blocks are unpacked to f32 a block of inputs at a time and then go the same
-//! way, so that they compute exactly what their f32 values would.
+//! the rows beside it. Quantised weights keep their integers; see [`quants`].
 
 use std::cell::RefCell;
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
-use super::blocks;
 use super::kind::Kind;
+use super::quants::{self, Quants, Scales};
 use super::weight::Stored;
-use super::{Arith, Shared, Weight, kernel, parallel};
+use super::{Arith, Shared, Weight, kernel, parallel, parallel_chunks};
 
 /// Outputs side by side in a panel.
-const PANEL: usize = 32;
+pub const PANEL: usize = 32;
 /// Rows that one pass over a panel serves: 3 × 32 accumulators fill the 16 AVX2 registers.
 const ROWS: usize = 3;
 
@@ -28,14 +26,13 @@ pub struct Panels {
     data: Data,
 }
 
-/// `[⌈outputs / PANEL⌉, inputs, PANEL]` values, or `[⌈outputs / PANEL⌉, inputs / block, PANEL]` blocks; zero where the
-/// last panel is not full.
+/// `[⌈outputs / PANEL⌉, inputs, PANEL]` values, zero where the last panel is not full, or integers and scales.
 #[derive(Debug)]
 enum Data {
     F32(Vec<f32>),
     F16(Vec<f16>),
     BF16(Vec<bf16>),
-    Blocks(Kind, Vec<u8>),
+    Quants(Quants),
 }
 
 impl Panels {
@@ -59,17 +56,8 @@ impl Panels {
         if kind.block() == 1 {
             return Self::pack(source, outputs, inputs, |o, i| o * inputs + i);
         }
-        let (size, blocks) = (kind.block_bytes(), inputs / kind.block());
-        let mut data = vec![0; outputs.div_ceil(PANEL) * blocks * PANEL * size];
-        data.par_chunks_exact_mut((blocks * PANEL * size).max(1)).enumerate().for_each(|(panel, data)| {
-            for (n, to) in data.chunks_exact_mut(size).enumerate() {
-                let (block, output) = (n / PANEL, panel * PANEL + n % PANEL);
-                if output < outputs {
-                    to.copy_from_slice(&source.bytes()[(output * blocks + block) * size..][..size]);
-                }
-            }
-        });
-        Self { inputs, outputs, data: Data::Blocks(kind, data) }
+        let quants = Quants::pack(kind, (outputs, inputs), source.bytes());
+        Self { inputs, outputs, data: Data::Quants(quants) }
     }
 
     pub fn outputs(&self) -> usize {
@@ -89,7 +77,7 @@ fn pack<T: Stored>(
 ) -> Vec<T> {
     let values = source.bytes();
     let mut data = vec![T::zero(); outputs.div_ceil(PANEL) * inputs * PANEL];
-    data.par_chunks_exact_mut((inputs * PANEL).max(1)).enumerate().for_each(|(panel, data)| {
+    parallel_chunks(&mut data, (inputs * PANEL).max(1), |panel, data| {
         for (input, data) in data.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
             let outputs = panel * PANEL..outputs.min((panel + 1) * PANEL);
             for (to, output) in data.iter_mut().zip(outputs) {
@@ -109,64 +97,48 @@ pub fn matmul(w: &Panels, x: &[f32], out: &mut [f32]) {
         Data::F32(data) => run(w, data, x, out),
         Data::F16(data) => run(w, data, x, out),
         Data::BF16(data) => run(w, data, x, out),
-        Data::Blocks(kind, data) => run_blocks(w, *kind, data, x, out),
+        Data::Quants(quants) => run_quants(w, quants, x, out),
     }
 }
 
+/// Inputs of single values that are unpacked at a time: 16 KB of f32, which stay in the first cache.
+const RUN: usize = 128;
+
 fn run<T: Stored>(w: &Panels, data: &[T], x: &[f32], out: &mut [f32]) {
     let rows = x.len() / w.inputs;
-    let shared = Shared::new(out);
     let size = w.inputs * PANEL;
-    parallel(w.outputs.div_ceil(PANEL), rows * w.inputs * w.outputs, |panel| {
+    let panels = |panel: usize, sums: &mut [[f32; PANEL]]| {
         let weights = &data[panel * size..][..size];
-        let first = panel * PANEL;
-        let width = PANEL.min(w.outputs - first);
-        for row in (0..rows).step_by(ROWS) {
-            let mut sums = [[0f32; PANEL]; ROWS];
-            let sums = &mut sums[..ROWS.min(rows - row)];
-            tile(weights, &x[row * w.inputs..], w.inputs, sums);
-            for (r, sums) in sums.iter().enumerate() {
-                // SAFETY: each (row, panel) pair is written by one task only.
-                let out = unsafe { shared.part((row + r) * w.outputs + first, width) };
-                out.copy_from_slice(&sums[..width]);
+        // Few rows read each weight once as it is; for more, it pays to convert it once for all of them.
+        if rows <= ROWS || T::IS_F32 {
+            for (n, sums) in sums.chunks_mut(ROWS).enumerate() {
+                tile(weights, &x[n * ROWS * w.inputs..], w.inputs, sums);
             }
+            return;
         }
-    });
+        let mut unpacked = [0f32; RUN * PANEL];
+        for (n, weights) in weights.chunks(RUN * PANEL).enumerate() {
+            let unpacked = &mut unpacked[..weights.len()];
+            widen(weights, unpacked);
+            tiles(unpacked, &x[n * RUN..], w.inputs, sums);
+        }
+    };
+    each_panel(w, rows, out, panels);
 }
 
-/// Buffers of a thread that unpacks blocks.
-#[derive(Default)]
-struct Unpacked {
-    /// `[PANEL, block]`.
-    rows: Vec<f32>,
-    /// `[block, PANEL]`.
-    panel: Vec<f32>,
-    /// `[rows of x, PANEL]`.
-    sums: Vec<[f32; PANEL]>,
-}
-
-thread_local! {
-    static UNPACKED: RefCell<Unpacked> = RefCell::default();
-}
-
-fn run_blocks(w: &Panels, kind: Kind, data: &[u8], x: &[f32], out: &mut [f32]) {
-    let rows = x.len() / w.inputs;
+/// Computes the sums of every panel and writes them to `out`.
+fn each_panel(w: &Panels, rows: usize, out: &mut [f32], panel: impl Fn(usize, &mut [[f32; PANEL]]) + Sync) {
+    thread_local! {
+        /// `[rows, PANEL]`.
+        static SUMS: RefCell<Vec<[f32; PANEL]>> = const { RefCell::new(Vec::new()) };
+    }
     let shared = Shared::new(out);
-    let (block, size) = (kind.block(), PANEL * kind.block_bytes());
-    let blocks = w.inputs / block;
-    parallel(w.outputs.div_ceil(PANEL), rows * w.inputs * w.outputs, |panel| {
-        UNPACKED.with_borrow_mut(|Unpacked { rows: unpacked, panel: weights, sums }| {
-            unpacked.resize(PANEL * block, 0.0);
-            weights.resize(PANEL * block, 0.0);
+    parallel(w.outputs.div_ceil(PANEL), rows * w.inputs * w.outputs, |n| {
+        SUMS.with_borrow_mut(|sums| {
             sums.clear();
             sums.resize(rows, [0.0; PANEL]);
-            for (n, stored) in data[panel * blocks * size..][..blocks * size].chunks_exact(size).enumerate() {
-                unpack(kind, stored, unpacked, weights);
-                for (r, sums) in sums.chunks_mut(ROWS).enumerate() {
-                    tile(weights.as_slice(), &x[r * ROWS * w.inputs + n * block..], w.inputs, sums);
-                }
-            }
-            let first = panel * PANEL;
+            panel(n, sums);
+            let first = n * PANEL;
             let width = PANEL.min(w.outputs - first);
             for (row, sums) in sums.iter().enumerate() {
                 // SAFETY: each (row, panel) pair is written by one task only.
@@ -176,14 +148,80 @@ fn run_blocks(w: &Panels, kind: Kind, data: &[u8], x: &[f32], out: &mut [f32]) {
     });
 }
 
+/// Adds to the `sums` of all rows what a part of a panel, in f32, and the rows' parts of `x` make.
+fn tiles(weights: &[f32], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
+    for (n, sums) in sums.chunks_mut(ROWS).enumerate() {
+        tile(weights, &x[n * ROWS * stride..], stride, sums);
+    }
+}
+
+/// `out` = the values of `weights` as f32.
+fn widen<T: Stored>(weights: &[T], out: &mut [f32]) {
+    assert!(weights.len() == out.len() && weights.len().is_multiple_of(8));
+    #[cfg(target_arch = "x86_64")]
+    if super::fused() {
+        // SAFETY: the processor has the features, and the assertion above gives the bounds.
+        return unsafe { widen_avx2(weights, out) };
+    }
+    out.iter_mut().zip(weights).for_each(|(out, weight)| *out = weight.to_f32());
+}
+
+/// # Safety
+/// AVX2 and F16C; as many weights as values, and a multiple of eight.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn widen_avx2<T: Stored>(weights: &[T], out: &mut [f32]) {
+    for at in (0..out.len()).step_by(8) {
+        // SAFETY: eight values from `at` are inside both.
+        unsafe { std::arch::x86_64::_mm256_storeu_ps(out.as_mut_ptr().add(at), T::load8(weights.as_ptr().add(at))) };
+    }
+}
+
+fn run_quants(w: &Panels, quants: &Quants, x: &[f32], out: &mut [f32]) {
+    let rows = x.len() / w.inputs;
+    // Σ x over every run of every row, which all panels need.
+    let totals: Vec<f32> = x.chunks_exact(quants.run()).map(sum_of).collect();
+    each_panel(w, rows, out, |panel, sums| quants_panel(quants, panel, x, &totals, sums));
+}
+
+fn sum_of(x: &[f32]) -> f32 {
+    super::sum(x)
+}
+
 kernel! {
-    /// A block of each output of a panel → their values: `rows [PANEL, block]`, and `panel [block, PANEL]`.
-    fn unpack(kind: Kind, stored: &[u8], rows: &mut [f32], panel: &mut [f32]) {
-        blocks::unpack(kind, stored, rows);
-        let block = kind.block();
-        for (i, panel) in panel.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
-            for (o, to) in panel.iter_mut().enumerate() {
-                *to = rows[o * block + i];
+    /// Computes the `sums` of one panel: run by run, for all rows.
+    fn quants_panel(w: &Quants, panel: usize, x: &[f32], totals: &[f32], sums: &mut [[f32; PANEL]]) {
+        let (run, block, runs) = (w.run(), w.kind.block(), w.inputs / w.run());
+        let direct = sums.len() <= ROWS && quants::direct(w.kind);
+        let mut scales = Scales::ZERO;
+        let mut unpacked = [0f32; quants::RUN * PANEL];
+        let unpacked = &mut unpacked[..run * PANEL];
+        for (n, block) in w.panel(panel).enumerate().map(|(n, stored)| (n * block / run, stored)) {
+            let (stored, q) = w.split(block);
+            let minima = scales.read(w.kind, stored);
+            for r in 0..w.kind.block() / run {
+                if !direct {
+                    quants::integers(w.kind, q, r, unpacked);
+                }
+                for (group, sums) in sums.chunks_mut(ROWS).enumerate() {
+                    let x = &x[group * ROWS * w.inputs + (n + r) * run..];
+                    let mut products = [[0f32; PANEL]; ROWS];
+                    let products = &mut products[..sums.len()];
+                    match (direct, sums.len()) {
+                        #[cfg(target_arch = "x86_64")]
+                        (true, 1) => quants::products::<1>(w.kind, (q, r), (x, w.inputs), products),
+                        #[cfg(target_arch = "x86_64")]
+                        (true, 2) => quants::products::<2>(w.kind, (q, r), (x, w.inputs), products),
+                        #[cfg(target_arch = "x86_64")]
+                        (true, _) => quants::products::<3>(w.kind, (q, r), (x, w.inputs), products),
+                        _ => tile(unpacked, x, w.inputs, products),
+                    }
+                    for (row, (products, sums)) in products.iter().zip(sums).enumerate() {
+                        let total = totals[(group * ROWS + row) * runs + n + r];
+                        let minima = minima.then_some(&scales.m[r]);
+                        quants::combine::<A>(products, (w.offset(), total), (&scales.d[r], minima), sums);
+                    }
+                }
             }
         }
     }
@@ -261,6 +299,7 @@ unsafe fn tile_avx2<T: Stored, const R: usize>(panel: &[T], x: &[f32], stride: u
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Team, blocks};
     use super::*;
     use proptest::prelude::*;
 
@@ -324,7 +363,7 @@ mod tests {
 
         #[test]
         fn blocks_compute_what_their_values_would(
-            kind in 3usize..Kind::ALL.len(), rows in 1usize..9, blocks in 1usize..3, outputs in 1usize..70, seed: u32,
+            kind in 3usize..Kind::ALL.len(), rows in 1usize..9, blocks in 1usize..4, outputs in 1usize..70, seed: u32,
         ) {
             let kind = Kind::ALL[kind];
             let inputs = blocks * kind.block();
@@ -333,13 +372,6 @@ mod tests {
             let w = Panels::pack_rows(&source, outputs, inputs);
             let x = values(rows * inputs, seed ^ 77);
             check(&w, |o, i| all[o * inputs + i], &x);
-            let plain = Panels::pack_rows(&source.unblocked(), outputs, inputs);
-            let run = |w| {
-                let mut out = vec![f32::NAN; rows * outputs];
-                matmul(w, &x, &mut out);
-                out
-            };
-            prop_assert_eq!(run(&w), run(&plain));
         }
 
         #[test]
@@ -367,8 +399,7 @@ mod tests {
             let w = Panels::pack_rows(&weights(kind, [outputs, inputs], 3), outputs, inputs);
             let run = |threads| {
                 let mut out = vec![0f32; rows * outputs];
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
-                pool.install(|| matmul(&w, &x, &mut out));
+                Team::new(threads).expect("threads").install(|| matmul(&w, &x, &mut out));
                 out
             };
             assert_eq!(run(1), run(2));

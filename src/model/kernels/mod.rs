@@ -5,6 +5,7 @@
 //! which sequences, or how many threads a call is for.
 
 mod blocks;
+mod burn;
 mod copy;
 mod deep_embed;
 mod elementwise;
@@ -12,6 +13,8 @@ mod embed_attention;
 mod kind;
 mod matmul;
 mod norm;
+mod quants;
+mod team;
 mod tiny_attention;
 mod weight;
 mod wkv1;
@@ -21,6 +24,7 @@ mod wkv5;
 mod wkv7;
 
 pub use blocks::scale;
+pub use burn::{BURN_OPERATIONS, burn, read_sum};
 pub use copy::copy;
 pub use deep_embed::{multiply_by_matrices, multiply_by_rows};
 pub use elementwise::{Activation, activate, add, multiply, token_shift, token_shift_added};
@@ -28,6 +32,7 @@ pub use embed_attention::{Queries, Stretch, attend, mean_of, tanh_all};
 pub use kind::Kind;
 pub use matmul::{Panels, matmul};
 pub use norm::layer_norm;
+pub use team::Team;
 pub use tiny_attention::tiny_attend;
 pub use weight::Weight;
 pub use wkv1::{Curves, weigh1, wkv1};
@@ -196,15 +201,15 @@ fn tanh<A: Arith>(x: f32) -> f32 {
 
 /// A pointer that tasks share to write disjoint parts of one buffer.
 #[derive(Clone, Copy)]
-pub struct Shared(*mut f32, usize);
+pub struct Shared<T = f32>(*mut T, usize);
 
 // SAFETY: `part` is the only access, and its callers promise disjointness.
-unsafe impl Send for Shared {}
+unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared {}
+unsafe impl<T: Send> Sync for Shared<T> {}
 
-impl Shared {
-    pub fn new(buffer: &mut [f32]) -> Self {
+impl<T> Shared<T> {
+    pub fn new(buffer: &mut [T]) -> Self {
         Self(buffer.as_mut_ptr(), buffer.len())
     }
 
@@ -213,22 +218,29 @@ impl Shared {
     /// # Safety
     /// No other part that overlaps it may be alive, and the buffer must outlive it.
     #[allow(clippy::mut_from_ref)]
-    pub unsafe fn part<'a>(&self, at: usize, len: usize) -> &'a mut [f32] {
+    pub unsafe fn part<'a>(&self, at: usize, len: usize) -> &'a mut [T] {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.1), "a part must lie inside its buffer");
         // SAFETY: inside the buffer by the assertion; disjoint and alive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(at), len) }
     }
 }
 
-/// Runs `task(0..tasks)` on the pool, or here when the whole is too small (`work` in multiply-adds) to be worth sharing.
-pub fn parallel(tasks: usize, work: usize, task: impl Fn(usize) + Sync + Send) {
-    use rayon::prelude::*;
-    const WORTH: usize = 1 << 16;
-    if work < WORTH || tasks < 2 {
+/// Runs `task(0..tasks)` by the team whose step this is, or here when the whole is too small (`work` in multiply-adds) to
+/// be worth sharing.
+pub fn parallel(tasks: usize, work: usize, task: impl Fn(usize) + Sync) {
+    const WORTH: usize = 1 << 14;
+    if work < WORTH {
         (0..tasks).for_each(task);
     } else {
-        (0..tasks).into_par_iter().for_each(task);
+        team::run(tasks, &task);
     }
+}
+
+/// Runs `task` for every `size` values of a buffer, with their number.
+pub fn parallel_chunks<T: Send>(buffer: &mut [T], size: usize, task: impl Fn(usize, &mut [T]) + Sync) {
+    let (len, shared) = (buffer.len(), Shared::new(buffer));
+    // SAFETY: each task has its own part.
+    team::run(len.div_ceil(size), &|n| task(n, unsafe { shared.part(n * size, size.min(len - n * size)) }));
 }
 
 #[cfg(test)]

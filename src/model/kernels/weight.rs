@@ -2,12 +2,10 @@
 
 use std::borrow::Cow;
 
-use half::{bf16, f16};
-use rayon::prelude::*;
-
-use super::blocks;
 use super::kind::Kind;
+use super::{blocks, parallel_chunks};
 use crate::model::Error;
+use half::{bf16, f16};
 
 /// The values of one weight tensor, row-major, in their stored type.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +19,8 @@ pub struct Weight<'a> {
 pub trait Stored: Copy + Send + Sync + 'static {
     /// Bytes of a value.
     const BYTES: usize;
+    /// Whether it is f32 itself.
+    const IS_F32: bool = false;
     /// The value of so many little-endian bytes.
     fn from_le(bytes: &[u8]) -> Self;
     fn to_f32(self) -> f32;
@@ -36,6 +36,7 @@ pub trait Stored: Copy + Send + Sync + 'static {
 
 impl Stored for f32 {
     const BYTES: usize = 4;
+    const IS_F32: bool = true;
     #[inline(always)]
     fn from_le(bytes: &[u8]) -> Self {
         f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
@@ -180,7 +181,8 @@ impl<'a> Weight<'a> {
     /// BLAKE3 of what the tensor says: of its values as f32, whatever width they are stored in; quantised ones as they
     /// are.
     pub fn digest(&self) -> blake3::Hash {
-        let leaves: Vec<_> = (0..self.len().div_ceil(LEAF)).into_par_iter().map(|leaf| self.leaf(leaf)).collect();
+        let mut leaves = vec![blake3::Hash::from_bytes([0; 32]); self.len().div_ceil(LEAF)];
+        parallel_chunks(&mut leaves, 1, |n, leaf| leaf[0] = self.leaf(n));
         let mut hash = blake3::Hasher::new();
         if self.kind.block() > 1 {
             hash.update(self.kind.name().as_bytes());

@@ -1,6 +1,6 @@
 //! Takes a model's tensors out of a checkpoint.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Checkpoint, Error};
@@ -14,12 +14,15 @@ pub struct Loader<'a> {
     /// What each tensor that was taken holds.
     taken: RefCell<BTreeMap<String, blake3::Hash>>,
     allowed: RefCell<BTreeSet<String>>,
+    /// Bytes of what was taken.
+    bytes: Cell<usize>,
     progress: &'a dyn Fn(usize, usize),
 }
 
 impl<'a> Loader<'a> {
     pub fn new(checkpoint: &'a Checkpoint, generation: &'static str, progress: &'a dyn Fn(usize, usize)) -> Self {
-        Self { checkpoint, generation, taken: RefCell::default(), allowed: RefCell::default(), progress }
+        let (taken, allowed, bytes) = Default::default();
+        Self { checkpoint, generation, taken, allowed, bytes, progress }
     }
 
     pub fn has(&self, name: &str) -> bool {
@@ -55,7 +58,8 @@ impl<'a> Loader<'a> {
         if !taken.contains_key(name) {
             weight.check_finite(name)?;
             taken.insert(name.to_owned(), weight.digest());
-            (self.progress)(taken.len(), self.checkpoint.tensors().len());
+            self.bytes.set(self.bytes.get() + weight.bytes().len());
+            (self.progress)(self.bytes.get(), self.checkpoint.bytes());
         }
         Ok(weight)
     }
@@ -82,6 +86,11 @@ impl<'a> Loader<'a> {
     /// Names a tensor that may be in the file though this model has no use for it.
     pub fn allow(&self, name: &str) {
         self.allowed.borrow_mut().insert(name.to_owned());
+    }
+
+    /// Bytes of all tensors that were taken so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.get() as u64
     }
 
     /// Refuses a file with tensors nobody took: computing without them would be another model. Gives the fingerprint:

@@ -37,6 +37,9 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
 }
 
+/// What the embedding table is called: by all, and by v1.
+const EMBEDDINGS: [&str; 2] = ["emb.weight", "tok_emb.weight"];
+
 /// The tensors of one checkpoint, in the original trainer's names, read one at a time.
 pub struct Checkpoint {
     files: Vec<File>,
@@ -90,10 +93,16 @@ impl Checkpoint {
 
     /// Rows of the embedding table, whatever its generation calls it: every token id is below it.
     pub fn vocabulary_size(&self) -> Option<usize> {
-        let &[rows, _] = ["emb.weight", "tok_emb.weight"].iter().find_map(|name| self.shape(name))? else {
+        let &[rows, _] = EMBEDDINGS.iter().find_map(|name| self.shape(name))? else {
             return None;
         };
         Some(rows)
+    }
+
+    /// Values and bytes of the embedding table, of which a token needs one row.
+    pub fn embedding(&self) -> Option<(u64, u64)> {
+        let info = EMBEDDINGS.iter().find_map(|name| self.tensors.get(*name))?;
+        Some((info.shape.iter().product::<usize>() as u64, info.kind.tensor_bytes(&info.shape)? as u64))
     }
 
     /// The container it came in.
@@ -150,6 +159,11 @@ impl Checkpoint {
         if let Some(origin) = self.origins.get(name) {
             self.files[origin.file].release(origin.place.bytes.clone());
         }
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> usize {
+        self.tensors.values().filter_map(|t| t.kind.tensor_bytes(&t.shape)).fold(0, usize::saturating_add)
     }
 
     pub fn parameters(&self) -> u64 {

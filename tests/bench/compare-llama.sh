@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Rewake against llama.cpp: the same random weights, the same machine, run in turns. Prints ratios of medians.
+#
+#   tests/bench/compare-llama.sh [SIZES] [TYPES]      default: 0.1B "f16 q8_0 q4_0 q4_k"
+#
+# SIZES: 0.1B, 0.4B, 1.5B. PAIRS (default 5) runs of each; THREADS (default: one for each processor). Needs a Rust
+# toolchain, a C++ compiler, Python 3.9 or later with venv, and PyPI: llama.cpp is built from the source inside
+# llama-cpp-python's source distribution, tuned for this machine. Nothing else should run meanwhile: a disturbed peer
+# would flatter us. Everything is kept in target/compare-llama, so that a second run builds nothing again.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+sizes=${1:-0.1B}
+types=${2:-f16 q8_0 q4_0 q4_k}
+pairs=${PAIRS:-5}
+threads=${THREADS:-$(nproc)}
+work=target/compare-llama
+mkdir -p "$work"
+
+python=$work/venv/bin/python
+if [ ! -x "$python" ]; then
+    python3 -m venv "$work/venv"
+    "$python" -m pip install --quiet cmake ninja
+fi
+llama=$work/build/bin
+if [ ! -x "$llama/llama-batched-bench" ]; then
+    "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: -d "$work" llama-cpp-python ||
+        "$python" -m pip download --quiet --no-deps --no-binary :all: -d "$work" llama-cpp-python
+    tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"
+    PATH=$work/venv/bin:$PATH cmake -S "$work"/llama_cpp_python-*/vendor/llama.cpp -B "$work/build" -G Ninja \
+        -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF >"$work/cmake.log"
+    PATH=$work/venv/bin:$PATH cmake --build "$work/build" --target llama-bench llama-batched-bench >"$work/build.log"
+fi
+cargo build --release --locked
+rewake=${CARGO_TARGET_DIR:-target}/release/rewake
+
+for size in $sizes; do
+    [ -f "$work/$size.safetensors" ] || "$python" tests/bench/random_model.py "$size" "$work/$size.safetensors"
+    for type in $types; do
+        model=$work/$size-$type.gguf
+        [ -f "$model" ] || "$rewake" convert "$work/$size.safetensors" "$model" --type "$type"
+        "$python" - "$rewake" "$llama" "$model" "$pairs" "$threads" "$size $type" <<'PY'
+import json, statistics, subprocess, sys
+
+rewake, llama, model, pairs, threads, title = sys.argv[1:]
+
+
+def output(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def ours():
+    report = json.loads(output(rewake, "bench", model, "--json", "--runs", "1", "--tokens", "32", "--threads", threads))
+    speeds = [line["tokens_per_second"]["median"] for line in report["measurements"]]
+    return dict(zip(("prompt", "1", "16", "64"), speeds)), report
+
+
+def theirs():
+    common = ("-m", model, "-t", threads)
+    tests = json.loads(output(f"{llama}/llama-bench", *common, "-p", "512", "-n", "32", "-r", "1", "-o", "json"))
+    speeds = {"prompt" if test["n_prompt"] else "1": test["avg_ts"] for test in tests}
+    lines = output(f"{llama}/llama-batched-bench", *common, "-npp", "1", "-ntg", "32", "-npl", "16,64", "-c", "8192",
+                   "--output-format", "jsonl").splitlines()
+    for line in lines:
+        if line.startswith("{"):
+            test = json.loads(line)
+            speeds[str(test["pl"])] = test["speed_tg"]
+    return speeds
+
+
+runs = []
+for _ in range(int(pairs)):
+    mine, report = ours()
+    runs.append((mine, theirs(), report))
+median = lambda side, key: statistics.median(run[side][key] for run in runs)
+print(f"\n{title}: {runs[-1][2]['machine']}")
+print(f"{'':<10}{'Rewake':>10}{'llama.cpp':>12}{'ratio':>8}{'spread of ratios':>22}")
+for key in ("prompt", "1", "16", "64"):
+    ratios = sorted(mine[key] / peer[key] for mine, peer, _ in runs)
+    ratio = median(0, key) / median(1, key)
+    print(f"{key:<10}{median(0, key):>10.1f}{median(1, key):>12.1f}{ratio:>8.2f}{ratios[0]:>15.2f} … {ratios[-1]:.2f}")
+PY
+    done
+done
