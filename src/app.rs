@@ -284,7 +284,11 @@ const WORLD_FILE: &str = "rwkv_vocab_v20230424.txt";
 const PILE_FILE: &str = "20B_tokenizer.json";
 
 fn tokenizer_file(file: &Path) -> anyhow::Result<Arc<dyn Tokenizer>> {
-    let bytes = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let shown = file.display();
+    let metadata = fs::metadata(file).with_context(|| format!("cannot read {shown}"))?;
+    // A pipe or a device beside a model could be read for ever.
+    anyhow::ensure!(metadata.is_file(), "{shown} is not a regular file");
+    let bytes = fs::read(file).with_context(|| format!("cannot read {shown}"))?;
     let json = bytes.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'{');
     let read = if json { text::from_json(&bytes) } else { text::from_vocabulary(&bytes) };
     read.with_context(|| format!("cannot use {}", file.display()))

@@ -8,7 +8,7 @@ use crate::api::{ApiLimits, Key};
 use crate::session::TurnLimits;
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
-use crate::types::InitialName;
+use crate::types::{InitialName, readable};
 
 /// Everything that can be configured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -140,10 +140,15 @@ pub struct Flags {
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("the configuration is wrong: {0}")]
+    #[error("the configuration is wrong: {}", lines(.0))]
     Read(#[from] config::ConfigError),
-    #[error("the configuration is wrong: `{key}` {why}")]
+    #[error("the configuration is wrong: `{key}` {}", readable(.why))]
     Value { key: String, why: String },
+}
+
+/// What is wrong, with the line of the file in which it is.
+fn lines(error: &config::ConfigError) -> String {
+    error.to_string().lines().take(16).map(readable).collect::<Vec<_>>().join("\n")
 }
 
 /// Where the environment's variables begin: `REWAKE_SERVER__PORT` sets `server.port`.

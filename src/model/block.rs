@@ -80,7 +80,7 @@ impl Sizes {
             return Err(Error::Unknown(format!("it has no matrix `{name}` of vocabulary × width")));
         };
         let number = |name: &String| name.strip_prefix("blocks.")?.split_once('.')?.0.parse::<usize>().ok();
-        let layers = checkpoint.tensors().keys().filter_map(number).max().map_or(0, |last| last + 1);
+        let layers = checkpoint.tensors().keys().filter_map(number).max().map_or(0, |last| last.saturating_add(1));
         if vocabulary == 0 || width == 0 || layers == 0 || layers > checkpoint.tensors().len() {
             return Err(Error::Unknown(format!("{layers} layers, width {width}, vocabulary {vocabulary}")));
         }

@@ -20,7 +20,7 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo, View};
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-use crate::types::{Memory, Pending, SegmentData, Snapshot, SnapshotHead, TAIL};
+use crate::types::{Memory, Pending, SegmentData, Snapshot, SnapshotHead, TAIL, readable};
 
 /// Version of the layout, in every file.
 pub const FORMAT: u32 = 1;
@@ -42,7 +42,7 @@ const FAR: u64 = 1 << 53;
 
 /// What is wrong with bytes, or with a value, that should be a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
+#[error("{}", readable(.0))]
 pub struct Damaged(pub String);
 
 /// What the start of a snapshot file tells.

@@ -6,7 +6,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer as Pipeline;
 
 use super::tokenizer::Table;
-use super::{Error, Tokenizer, excerpt};
+use super::{Error, Tokenizer, excerpt, pipeline};
 
 /// Names under which vocabularies know the end of a document.
 const ENDS: [&str; 4] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"];
@@ -36,6 +36,7 @@ impl Hf {
             file[part] = Value::Null;
         }
         file["model"]["dropout"] = Value::Null;
+        pipeline::check(&file)?;
         let vocabulary = vocabulary(&file["model"])?;
         let added = added_tokens(&file["added_tokens"])?;
 

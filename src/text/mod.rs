@@ -6,12 +6,15 @@
 mod hf;
 mod literal;
 mod output;
+mod pipeline;
 mod profile;
 mod stops;
 mod tokenizer;
 mod world;
 
 use std::sync::Arc;
+
+use crate::types::readable;
 
 pub use output::{Output, Piece, Trim};
 pub use profile::{Profile, SamplingDefaults, builtin, builtin_names};
@@ -27,7 +30,7 @@ pub enum Error {
     #[error("vocabulary: {0}")]
     Vocabulary(String),
     /// A `tokenizer.json`.
-    #[error("tokenizer.json: {0}")]
+    #[error("tokenizer.json: {}", readable(.0))]
     Json(String),
     #[error("profile `{profile}`: {reason}")]
     Profile { profile: String, reason: String },

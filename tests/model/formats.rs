@@ -87,11 +87,7 @@ fn as_in_transformers(name: &str) -> String {
     let name = name.replace(".ffn.", ".feed_forward.");
     let name =
         [("k", "key"), ("v", "value"), ("r", "receptance"), ("g", "gate")].iter().fold(name, |name, (short, long)| {
-            let name = name
-                .strip_suffix(&format!(".time_mix_{short}"))
-                .map(|n| format!("{n}.time_mix_{long}"))
-                .unwrap_or(name);
-            name
+            name.strip_suffix(&format!(".time_mix_{short}")).map(|n| format!("{n}.time_mix_{long}")).unwrap_or(name)
         });
     match name.as_str() {
         "head.weight" => name,

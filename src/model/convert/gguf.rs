@@ -81,6 +81,10 @@ impl<'a> Plan<'a> {
 
     fn target(&self, original: &str, name: String, form: Form) -> Result<Target, Error> {
         let shape = self.shape(original)?;
+        // A table of very many empty rows would be a vocabulary of very many tokens.
+        if shape.contains(&0) {
+            return Err(Error::Convert(format!("`{original}` is empty")));
+        }
         let all = shape.iter().product();
         let (shape, ops) = match (form, shape) {
             (Form::Same, shape) => (shape.to_vec(), Vec::new()),
@@ -97,7 +101,9 @@ impl<'a> Plan<'a> {
         for original in self.architecture.fused {
             parts.push((format!("blocks.{layer}.{original}"), Vec::new()));
         }
-        let width = self.shape("emb.weight")?[1];
+        let &[_, width] = self.shape("emb.weight")? else {
+            return Err(Error::Convert("`emb.weight` is no matrix".into()));
+        };
         let shape = vec![parts.len(), 1, 1, width];
         Ok(Target { name: format!("blk.{layer}.{}", llama::FUSED), kind: Kind::F32, shape, parts })
     }

@@ -122,6 +122,10 @@ impl Conversion<'_> {
                 bytes.extend_from_slice(cast::cast(name, made, target.kind)?.bytes());
                 self.checkpoint.release(name);
             }
+            // Its parts may have other sizes than those it was planned by.
+            if bytes.len() != target.bytes()? {
+                return Err(Error::Convert(format!("what belongs into `{}` is not {:?}", target.name, target.shape)));
+            }
             put(n, &bytes)?;
             (self.progress)(n + 1, targets.len());
         }

@@ -88,8 +88,10 @@ impl Kind {
         }
     }
 
-    /// Bytes of a tensor, row-major; none if a row is not whole blocks, or the values are too many to count.
+    /// Bytes of a tensor, row-major; none if a row is not whole blocks, or the values are too many to count. They are so
+    /// too where an empty tensor would have them if none of its axes were empty, so that no part of a product overflows.
     pub fn tensor_bytes(self, shape: &[usize]) -> Option<usize> {
+        shape.iter().try_fold(size_of::<f32>(), |bytes, &dimension| bytes.checked_mul(dimension.max(1)))?;
         let row = self.bytes(shape.last().copied().unwrap_or(1))?;
         let rows = &shape[..shape.len().saturating_sub(1)];
         rows.iter().try_fold(row, |bytes, &dimension| bytes.checked_mul(dimension))
@@ -146,5 +148,8 @@ mod tests {
         assert_eq!(Kind::Q8_0.tensor_bytes(&[4, 16]), None);
         assert_eq!(Kind::Q8_0.tensor_bytes(&[]), None);
         assert_eq!(Kind::F16.tensor_bytes(&[usize::MAX, 2]), None);
+        assert_eq!(Kind::F16.tensor_bytes(&[0, 3]), Some(0));
+        // Whoever turns it around multiplies the other two first.
+        assert_eq!(Kind::F16.tensor_bytes(&[0, 1 << 40, 1 << 40]), None);
     }
 }

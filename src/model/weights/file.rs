@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::Error;
 use crate::model::kernels::Kind;
+use crate::types::readable;
 
 /// Where a file keeps one tensor, under the file's own name for it. Readers have checked that the bytes are inside.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +17,28 @@ pub struct Place {
     /// In values, where they do not follow each other row by row.
     pub strides: Option<Vec<usize>>,
     pub bytes: Range<usize>,
+}
+
+/// An error about a file, in which something out of it may stand.
+pub fn wrong(path: &Path, why: &str) -> Error {
+    Error::Format { path: path.display().to_string(), why: readable(why) }
+}
+
+/// All of a plain file of at most `most` bytes, such as a configuration.
+///
+/// # Errors
+/// [`Error::Unreadable`]; [`Error::Format`] for what is larger, or no plain file: a pipe would wait for somebody to write
+/// to it, and a device never end.
+pub fn read(path: &Path, most: u64) -> Result<Vec<u8>, Error> {
+    let unreadable = |e: std::io::Error| Error::Unreadable { path: path.display().to_string(), why: e.to_string() };
+    let metadata = std::fs::metadata(path).map_err(unreadable)?;
+    if !metadata.is_file() {
+        return Err(wrong(path, "it is not a regular file"));
+    }
+    if metadata.len() > most {
+        return Err(wrong(path, &format!("{} bytes are too many for such a file", metadata.len())));
+    }
+    std::fs::read(path).map_err(unreadable)
 }
 
 /// A file that is mapped into memory, so that its size costs no memory of its own, or is there already.
@@ -52,7 +75,7 @@ impl File {
 
     /// An error about this file.
     pub fn wrong(&self, why: String) -> Error {
-        Error::Format { path: self.path.display().to_string(), why }
+        wrong(&self.path, &why)
     }
 
     /// Lets go of the memory behind a range that was read, which the next reader takes from the file again.

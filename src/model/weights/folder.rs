@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Error;
+use super::{Error, file};
 
 /// Names under which weights are looked for, an index of shards before the file it would describe.
 const WEIGHTS: [&str; 4] =
@@ -25,7 +25,7 @@ struct Index {
 }
 
 fn wrong(path: &Path, why: impl ToString) -> Error {
-    Error::Format { path: path.display().to_string(), why: why.to_string() }
+    file::wrong(path, &why.to_string())
 }
 
 /// The files a checkpoint consists of, where `path` is one, or an index of shards, or a folder.
@@ -40,7 +40,7 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>, Error> {
     if !path.to_string_lossy().ends_with(".index.json") {
         return Ok(vec![path.into()]);
     }
-    let Index { weight_map } = serde_json::from_slice(&read(path)?).map_err(|e| wrong(path, e))?;
+    let Index { weight_map } = serde_json::from_slice(&file::read(path, LARGEST)?).map_err(|e| wrong(path, e))?;
     let shards: BTreeSet<_> = weight_map.into_values().collect();
     if shards.is_empty() {
         return Err(wrong(path, "it names no shards"));
@@ -84,10 +84,10 @@ fn weights(folder: &Path) -> Result<PathBuf, Error> {
 
 /// Refuses what the configuration says that would be computed otherwise here. Sizes come from the tensors.
 fn check_config(path: &Path) -> Result<(), Error> {
-    if !path.exists() {
+    if fs::metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {
         return Ok(());
     }
-    let config: Value = serde_json::from_slice(&read(path)?).map_err(|e| wrong(path, e))?;
+    let config: Value = serde_json::from_slice(&file::read(path, LARGEST)?).map_err(|e| wrong(path, e))?;
     for (key, expected) in [
         ("layer_norm_epsilon", Value::from(1e-5)),
         ("norm_eps", Value::from(1e-5)),
@@ -103,15 +103,6 @@ fn check_config(path: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    let unreadable = |e: std::io::Error| Error::Unreadable { path: path.display().to_string(), why: e.to_string() };
-    let length = fs::metadata(path).map_err(unreadable)?.len();
-    if length > LARGEST {
-        return Err(wrong(path, format!("{length} bytes are too many for such a file")));
-    }
-    fs::read(path).map_err(unreadable)
 }
 
 #[cfg(test)]

@@ -10,12 +10,16 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
-use super::{Checkpoint, TensorInfo};
+use super::{Checkpoint, TensorInfo, file};
 use crate::model::Error;
 use crate::model::kernels::Weight;
+use crate::types::readable;
 
 /// What PEFT writes beside an adapter.
 const CONFIG: &str = "adapter_config.json";
+
+/// No configuration is larger.
+const LARGEST: u64 = 1 << 20;
 
 /// The part of a [`CONFIG`] that says how the adapter is scaled.
 #[derive(Deserialize)]
@@ -32,14 +36,14 @@ struct AdapterConfig {
 fn alpha_beside(path: &Path, tensors: &Checkpoint) -> Result<Option<f32>, Error> {
     let path = path.with_file_name(CONFIG);
     let shown = path.display().to_string();
-    let wrong = |why: String| Err(Error::LoraConfig { path: shown.clone(), why });
+    let wrong = |why: String| Err(Error::LoraConfig { path: shown.clone(), why: readable(&why) });
     match std::fs::metadata(&path) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         // Opening a pipe would wait for somebody to write to it.
         Ok(metadata) if !metadata.is_file() => return wrong("it is not a regular file".into()),
         Ok(_) | Err(_) => {}
     }
-    let bytes = std::fs::read(&path).map_err(|e| Error::Unreadable { path: shown.clone(), why: e.to_string() })?;
+    let bytes = file::read(&path, LARGEST)?;
     let config: AdapterConfig = match serde_json::from_slice(&bytes) {
         Ok(config) => config,
         Err(e) => return wrong(e.to_string()),

@@ -23,6 +23,7 @@ use std::path::Path;
 
 use super::Error;
 use super::kernels::{Kind, Weight};
+use crate::types::readable;
 use file::{File, Place};
 use gguf::Gguf;
 pub use loader::Loader;
@@ -125,6 +126,7 @@ impl Checkpoint {
             Some("rwkv") => gguf::vocabulary(gguf).map(Some).map_err(Error::Unknown),
             None | Some("none") => Ok(None),
             Some(other) => {
+                let other = readable(other);
                 Err(Error::Unknown(format!("its vocabulary is of the kind `{other}`; give a tokenizer that fits")))
             }
         }

@@ -393,6 +393,9 @@ mod tests {
         read(file).unwrap_err()
     }
 
+    /// Name, type, shape, strides and bytes of a tensor.
+    type Seen<'a> = (&'a str, Kind, &'a [usize], Option<&'a [usize]>, &'a [u8]);
+
     #[test]
     fn both_formats_give_the_places_of_tensors() {
         for file in [zip_of(sample()), legacy_of(sample())] {
@@ -402,7 +405,7 @@ mod tests {
                 .iter()
                 .map(|t| (t.name.as_str(), t.kind, &t.shape[..], t.strides.as_deref(), &file[t.bytes.clone()]))
                 .collect();
-            let expected: [(_, _, &[usize], Option<&[usize]>, &[u8]); 4] = [
+            let expected: [Seen; 4] = [
                 ("whole", Kind::F32, &[2, 2], None, b"0000111122223333"),
                 ("turned", Kind::F32, &[1, 2], Some(&[1, 2]), b"111122223333"),
                 ("short", Kind::BF16, &[], None, b"bb"),

@@ -17,6 +17,9 @@ pub fn read(file: &[u8]) -> Result<Vec<Place>, String> {
             Dtype::BF16 => Kind::BF16,
             other => return Err(format!("tensor `{name}` has type {other:?}; f32, f16 and bf16 are supported")),
         };
+        if kind.tensor_bytes(view.shape()) != Some(view.data().len()) {
+            return Err(format!("tensor `{name}` is too large"));
+        }
         let from = view.data().as_ptr() as usize - start;
         let bytes = from..from + view.data().len();
         Ok(Place { name: name.into(), kind, shape: view.shape().to_vec(), strides: None, bytes })

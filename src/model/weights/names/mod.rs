@@ -121,10 +121,28 @@ impl Origin {
 /// A file's own name and shape of a tensor → the original tensors in it.
 pub type Reading<'a> = dyn Fn(&Place) -> Result<Vec<(String, Vec<Op>)>, String> + 'a;
 
+/// Bytes of a tensor's name; no trainer comes near it.
+const LONGEST_NAME: usize = 256;
+/// Axes of a tensor.
+const MOST_DIMENSIONS: usize = 8;
+
+/// Refuses what no checkpoint has and no message should hold.
+fn check(place: &Place) -> Result<(), String> {
+    let name = place.name.as_str();
+    if name.len() > LONGEST_NAME || name.chars().any(char::is_control) {
+        return Err(format!("a tensor's name is of {} bytes, or has control characters: `{name}`", name.len()));
+    }
+    if place.shape.len() > MOST_DIMENSIONS {
+        return Err(format!("tensor `{name}` has {} axes", place.shape.len()));
+    }
+    Ok(())
+}
+
 /// All original tensors of these files.
 pub fn read(places: Vec<(usize, Place)>, reading: &Reading) -> Result<BTreeMap<String, Origin>, String> {
     let mut tensors = BTreeMap::new();
     for (file, place) in places {
+        check(&place)?;
         for (name, ops) in reading(&place)? {
             let stored = TensorInfo { kind: place.kind, shape: place.shape.clone() };
             let info = ops.iter().try_fold(stored, |info, op| op.describe(info));
