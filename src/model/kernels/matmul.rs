@@ -110,17 +110,14 @@ fn run<T: Stored>(w: &Panels, data: &[T], x: &[f32], out: &mut [f32]) {
     let panels = |panel: usize, sums: &mut [[f32; PANEL]]| {
         let weights = &data[panel * size..][..size];
         // Few rows read each weight once as it is; for more, it pays to convert it once for all of them.
-        if rows <= ROWS || T::IS_F32 {
-            for (n, sums) in sums.chunks_mut(ROWS).enumerate() {
-                tile(weights, &x[n * ROWS * w.inputs..], w.inputs, sums);
-            }
-            return;
+        if rows <= ROWS {
+            return tile(weights, x, w.inputs, sums);
         }
         let mut unpacked = [0f32; RUN * PANEL];
         for (n, weights) in weights.chunks(RUN * PANEL).enumerate() {
             let unpacked = &mut unpacked[..weights.len()];
-            widen(weights, unpacked);
-            tiles(unpacked, &x[n * RUN..], w.inputs, sums);
+            let weights = T::as_f32(weights).unwrap_or_else(|| widen(weights, unpacked));
+            tiles(weights, &x[n * RUN..], w.inputs, sums);
         }
     };
     each_panel(w, rows, out, panels);
@@ -150,20 +147,82 @@ fn each_panel(w: &Panels, rows: usize, out: &mut [f32], panel: impl Fn(usize, &m
 
 /// Adds to the `sums` of all rows what a part of a panel, in f32, and the rows' parts of `x` make.
 fn tiles(weights: &[f32], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
+    #[cfg(target_arch = "x86_64")]
+    if super::wide() && sums.len() > ROWS {
+        return tiles_avx512(weights, x, stride, sums);
+    }
     for (n, sums) in sums.chunks_mut(ROWS).enumerate() {
         tile(weights, &x[n * ROWS * stride..], stride, sums);
     }
 }
 
+/// The same for twelve rows at a time, which fill the 32 registers of AVX-512. Each sum is the same chain of fused
+/// multiply-adds, so not a bit is different.
+#[cfg(target_arch = "x86_64")]
+fn tiles_avx512(weights: &[f32], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
+    let inputs = weights.len() / PANEL;
+    assert!(weights.len() == inputs * PANEL && x.len() >= (sums.len() - 1) * stride + inputs);
+    let (twelves, rest) = sums.as_chunks_mut::<GROUP>();
+    let mut row = 0;
+    for sums in twelves {
+        // SAFETY: `wide` has looked for the features; each of the rows has a value for every input.
+        unsafe { tile_avx512(weights, &x[row * stride..], stride, sums) };
+        row += GROUP;
+    }
+    let (fours, rest) = rest.as_chunks_mut::<4>();
+    for sums in fours {
+        // SAFETY: as above.
+        unsafe { tile_avx512(weights, &x[row * stride..], stride, sums) };
+        row += 4;
+    }
+    for sums in rest {
+        // SAFETY: as above.
+        unsafe { tile_avx512(weights, &x[row * stride..], stride, std::array::from_mut(sums)) };
+        row += 1;
+    }
+}
+
+/// # Safety
+/// AVX-512F; `weights` holds whole inputs of PANEL, and each of R rows of `x`, `stride` apart, as many values as inputs.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn tile_avx512<const R: usize>(weights: &[f32], x: &[f32], stride: usize, out: &mut [[f32; PANEL]; R]) {
+    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps};
+    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    for (sums, out) in sums.iter_mut().zip(&*out) {
+        // SAFETY: sixteen values of 32, twice.
+        *sums = unsafe { [_mm512_loadu_ps(out.as_ptr()), _mm512_loadu_ps(out.as_ptr().add(16))] };
+    }
+    for (input, weights) in weights.as_chunks::<PANEL>().0.iter().enumerate() {
+        // SAFETY: as above.
+        let weights = unsafe { [_mm512_loadu_ps(weights.as_ptr()), _mm512_loadu_ps(weights.as_ptr().add(16))] };
+        for (row, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: each row has a value for every input.
+            let x = _mm512_set1_ps(unsafe { *x.get_unchecked(row * stride + input) });
+            sums[0] = _mm512_fmadd_ps(x, weights[0], sums[0]);
+            sums[1] = _mm512_fmadd_ps(x, weights[1], sums[1]);
+        }
+    }
+    for (sums, out) in sums.iter().zip(out) {
+        // SAFETY: sixteen values of 32, twice.
+        unsafe {
+            _mm512_storeu_ps(out.as_mut_ptr(), sums[0]);
+            _mm512_storeu_ps(out.as_mut_ptr().add(16), sums[1]);
+        }
+    }
+}
+
 /// `out` = the values of `weights` as f32.
-fn widen<T: Stored>(weights: &[T], out: &mut [f32]) {
+fn widen<'a, T: Stored>(weights: &[T], out: &'a mut [f32]) -> &'a [f32] {
     assert!(weights.len() == out.len() && weights.len().is_multiple_of(8));
     #[cfg(target_arch = "x86_64")]
     if super::fused() {
         // SAFETY: the processor has the features, and the assertion above gives the bounds.
-        return unsafe { widen_avx2(weights, out) };
+        unsafe { widen_avx2(weights, out) };
+        return out;
     }
     out.iter_mut().zip(weights).for_each(|(out, weight)| *out = weight.to_f32());
+    out
 }
 
 /// # Safety
@@ -176,6 +235,9 @@ unsafe fn widen_avx2<T: Stored>(weights: &[T], out: &mut [f32]) {
         unsafe { std::arch::x86_64::_mm256_storeu_ps(out.as_mut_ptr().add(at), T::load8(weights.as_ptr().add(at))) };
     }
 }
+
+/// Rows of x that the products of a run are taken of together.
+const GROUP: usize = 12;
 
 fn run_quants(w: &Panels, quants: &Quants, x: &[f32], out: &mut [f32]) {
     let rows = x.len() / w.inputs;
@@ -203,9 +265,9 @@ kernel! {
                 if !direct {
                     quants::integers(w.kind, q, r, unpacked);
                 }
-                for (group, sums) in sums.chunks_mut(ROWS).enumerate() {
-                    let x = &x[group * ROWS * w.inputs + (n + r) * run..];
-                    let mut products = [[0f32; PANEL]; ROWS];
+                for (group, sums) in sums.chunks_mut(GROUP).enumerate() {
+                    let x = &x[group * GROUP * w.inputs + (n + r) * run..];
+                    let mut products = [[0f32; PANEL]; GROUP];
                     let products = &mut products[..sums.len()];
                     match (direct, sums.len()) {
                         #[cfg(target_arch = "x86_64")]
@@ -214,10 +276,10 @@ kernel! {
                         (true, 2) => quants::products::<2>(w.kind, (q, r), (x, w.inputs), products),
                         #[cfg(target_arch = "x86_64")]
                         (true, _) => quants::products::<3>(w.kind, (q, r), (x, w.inputs), products),
-                        _ => tile(unpacked, x, w.inputs, products),
+                        _ => tiles(unpacked, x, w.inputs, products),
                     }
                     for (row, (products, sums)) in products.iter().zip(sums).enumerate() {
-                        let total = totals[(group * ROWS + row) * runs + n + r];
+                        let total = totals[(group * GROUP + row) * runs + n + r];
                         let minima = minima.then_some(&scales.m[r]);
                         quants::combine::<A>(products, (w.offset(), total), (&scales.d[r], minima), sums);
                     }

@@ -76,6 +76,12 @@ pub fn fused() -> bool {
     false
 }
 
+/// Whether there are registers of 512 bits, which some kernels use for more of the same at once.
+#[cfg(target_arch = "x86_64")]
+pub fn wide() -> bool {
+    fused() && is_x86_feature_detected!("avx512f")
+}
+
 /// Compiles one body for both instruction sets; the body may name the arithmetic `A`.
 macro_rules! kernel {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block) => {

@@ -19,12 +19,14 @@ pub struct Weight<'a> {
 pub trait Stored: Copy + Send + Sync + 'static {
     /// Bytes of a value.
     const BYTES: usize;
-    /// Whether it is f32 itself.
-    const IS_F32: bool = false;
     /// The value of so many little-endian bytes.
     fn from_le(bytes: &[u8]) -> Self;
     fn to_f32(self) -> f32;
     fn zero() -> Self;
+    /// The same values, if they are f32 already.
+    fn as_f32(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
 
     /// Eight values as f32.
     ///
@@ -36,7 +38,6 @@ pub trait Stored: Copy + Send + Sync + 'static {
 
 impl Stored for f32 {
     const BYTES: usize = 4;
-    const IS_F32: bool = true;
     #[inline(always)]
     fn from_le(bytes: &[u8]) -> Self {
         f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
@@ -47,6 +48,9 @@ impl Stored for f32 {
     }
     fn zero() -> Self {
         0.0
+    }
+    fn as_f32(values: &[Self]) -> Option<&[f32]> {
+        Some(values)
     }
     #[cfg(target_arch = "x86_64")]
     #[inline]
