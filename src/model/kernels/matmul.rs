@@ -186,16 +186,23 @@ fn tiles_avx512(weights: &[f32], x: &[f32], stride: usize, sums: &mut [[f32; PAN
 /// AVX-512F; `weights` holds whole inputs of PANEL, and each of R rows of `x`, `stride` apart, as many values as inputs.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn tile_avx512<const R: usize>(weights: &[f32], x: &[f32], stride: usize, out: &mut [[f32; PANEL]; R]) {
-    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps};
+unsafe fn tile_avx512<T: Stored, const R: usize>(weights: &[T], x: &[f32], stride: usize, out: &mut [[f32; PANEL]; R]) {
+    use std::arch::x86_64::{
+        _MM_HINT_T0, _mm_prefetch, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
+        _mm512_storeu_ps,
+    };
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     for (sums, out) in sums.iter_mut().zip(&*out) {
         // SAFETY: sixteen values of 32, twice.
         *sums = unsafe { [_mm512_loadu_ps(out.as_ptr()), _mm512_loadu_ps(out.as_ptr().add(16))] };
     }
     for (input, weights) in weights.as_chunks::<PANEL>().0.iter().enumerate() {
+        if R < ROWS {
+            // What memory gives is the limit, and the processor looks ahead no further than a page.
+            _mm_prefetch::<_MM_HINT_T0>(weights.as_ptr().wrapping_byte_add(AHEAD).cast());
+        }
         // SAFETY: as above.
-        let weights = unsafe { [_mm512_loadu_ps(weights.as_ptr()), _mm512_loadu_ps(weights.as_ptr().add(16))] };
+        let weights = unsafe { [T::load16(weights.as_ptr()), T::load16(weights.as_ptr().add(16))] };
         for (row, sums) in sums.iter_mut().enumerate() {
             // SAFETY: each row has a value for every input.
             let x = _mm512_set1_ps(unsafe { *x.get_unchecked(row * stride + input) });
@@ -211,6 +218,9 @@ unsafe fn tile_avx512<const R: usize>(weights: &[f32], x: &[f32], stride: usize,
         }
     }
 }
+
+/// Bytes that are fetched ahead of those that are used.
+pub const AHEAD: usize = 2048;
 
 /// `out` = the values of `weights` as f32.
 fn widen<'a, T: Stored>(weights: &[T], out: &'a mut [f32]) -> &'a [f32] {
@@ -303,6 +313,12 @@ fn tile<T: Stored>(panel: &[T], x: &[f32], stride: usize, sums: &mut [[f32; PANE
 fn tile_of<T: Stored, const R: usize>(panel: &[T], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
     let inputs = panel.len() / PANEL;
     assert!(sums.len() == R && panel.len() == inputs * PANEL && x.len() >= (R - 1) * stride + inputs);
+    #[cfg(target_arch = "x86_64")]
+    if super::wide() {
+        let sums = sums.try_into().expect("R rows");
+        // SAFETY: the processor has the features; the assertion above gives the bounds.
+        return unsafe { tile_avx512::<T, R>(panel, x, stride, sums) };
+    }
     #[cfg(target_arch = "x86_64")]
     if super::fused() {
         // SAFETY: the processor has the features; the assertion above gives the bounds.

@@ -13,7 +13,7 @@
 use super::Arith;
 use super::blocks::from_f16;
 use super::kind::Kind;
-use super::matmul::PANEL;
+use super::matmul::{AHEAD, PANEL};
 use super::parallel_chunks;
 
 /// The longest run, in inputs.
@@ -359,12 +359,84 @@ pub fn products<const R: usize>(
     let bytes = form.run * PANEL * form.bits / 8;
     let q = &q[run * bytes..][..bytes];
     assert!(direct(kind) && out.len() == R && x.len() >= (R - 1) * stride + form.run);
-    // SAFETY: `direct` has looked for the features; the integers of a run are there, and R rows of as many values.
+    // SAFETY: `direct` and `wide` have looked for the features; the integers of a run are there, and R rows of as many
+    // values.
     unsafe {
-        if form.bits == 8 {
-            products8::<R>(q, x, stride, out);
-        } else {
-            products4::<R>(q, x, stride, out);
+        match (form.bits, super::wide()) {
+            (8, true) => wide_products8::<R>(q, x, stride, out),
+            (8, false) => products8::<R>(q, x, stride, out),
+            (_, true) => wide_products4::<R>(q, x, stride, out),
+            (_, false) => products4::<R>(q, x, stride, out),
+        }
+    }
+}
+
+/// [`products8`] with registers of 512 bits.
+///
+/// # Safety
+/// AVX-512F; R rows of `x`, `stride` apart, with a value for each PANEL bytes of `q`.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn wide_products8<const R: usize>(q: &[u8], x: &[f32], stride: usize, out: &mut [[f32; PANEL]]) {
+    use std::arch::x86_64::*;
+    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    for (input, q) in q.as_chunks::<PANEL>().0.iter().enumerate() {
+        _mm_prefetch::<_MM_HINT_T0>(q.as_ptr().wrapping_add(AHEAD).cast());
+        for half in 0..2 {
+            // SAFETY: sixteen bytes of 32, twice.
+            let bytes = unsafe { _mm_loadu_si128(q.as_ptr().add(16 * half).cast()) };
+            let weights = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: a value of x for each row and input.
+                let x = _mm512_set1_ps(unsafe { *x.get_unchecked(r * stride + input) });
+                sums[half] = _mm512_fmadd_ps(x, weights, sums[half]);
+            }
+        }
+    }
+    // SAFETY: the same features.
+    unsafe { store_wide(&sums, out) };
+}
+
+/// [`products4`] with registers of 512 bits: one shift brings the integers of sixteen outputs down, and they choose their
+/// values from a table.
+///
+/// # Safety
+/// As [`wide_products8`], with a value for each PANEL halves of a byte; an even number of them.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn wide_products4<const R: usize>(q: &[u8], x: &[f32], stride: usize, out: &mut [[f32; PANEL]]) {
+    use std::arch::x86_64::*;
+    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    let values = _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0);
+    // Words 0 to 7 hold the outputs of a group, and a second time those of the next one.
+    let shifts = [0, 8, 16, 24].map(|s| _mm512_inserti64x4::<1>(_mm512_set1_epi32(s), _mm256_set1_epi32(s + 4)));
+    for (pair, q) in q.as_chunks::<32>().0.iter().enumerate() {
+        _mm_prefetch::<_MM_HINT_T0>(q.as_ptr().wrapping_add(AHEAD).cast());
+        // SAFETY: 32 bytes.
+        let words = _mm512_broadcast_i64x4(unsafe { _mm256_loadu_si256(q.as_ptr().cast()) });
+        for (n, shift) in shifts.into_iter().enumerate() {
+            // The table looks at the lowest four bits only.
+            let weights = _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shift), values);
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: a value of x for each row and input.
+                let x = _mm512_set1_ps(unsafe { *x.get_unchecked(r * stride + 2 * pair + n / 2) });
+                sums[n % 2] = _mm512_fmadd_ps(x, weights, sums[n % 2]);
+            }
+        }
+    }
+    // SAFETY: the same features.
+    unsafe { store_wide(&sums, out) };
+}
+
+/// # Safety
+/// AVX-512F.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn store_wide<const R: usize>(sums: &[[std::arch::x86_64::__m512; 2]; R], out: &mut [[f32; PANEL]]) {
+    for (sums, out) in sums.iter().zip(out) {
+        for (half, sum) in sums.iter().enumerate() {
+            // SAFETY: sixteen values of 32, twice.
+            unsafe { std::arch::x86_64::_mm512_storeu_ps(out.as_mut_ptr().add(16 * half), *sum) };
         }
     }
 }
