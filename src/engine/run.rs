@@ -323,7 +323,7 @@ impl Engine {
         }
     }
 
-    /// The prompt is read: every choice samples its first token from the same logits.
+    /// The prompt is read: makes its choices, which sample their first token from the same logits, and says which.
     fn begin(&mut self, id: JobId) -> Range<usize> {
         let live = self.jobs.get_mut(&id).expect("only live jobs are planned");
         let (first, n) = (live.job.first_choice, live.job.choices);

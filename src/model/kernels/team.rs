@@ -9,8 +9,8 @@ use std::cell::Cell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle, Thread};
 
 /// Looks at a flag before a thread sleeps; each takes some ten nanoseconds.
@@ -27,8 +27,8 @@ type Task<'a> = &'a (dyn Fn(usize) + Sync);
 /// What all threads of a team see.
 #[derive(Default)]
 struct Board {
-    /// Number of the pass in the upper half, tasks that nobody has taken yet in the lower.
-    ticket: AtomicU64,
+    /// Tasks of the pass that nobody has taken yet.
+    left: AtomicUsize,
     /// The pass's [`Task`] and how many of it there are. Whoever has taken a task may use them until that task is done.
     task: AtomicPtr<Task<'static>>,
     tasks: AtomicUsize,
@@ -67,14 +67,22 @@ impl Team {
         Ok(team)
     }
 
-    /// Runs `task` for every number below `tasks`.
+    /// Runs `task` for every number below `tasks`: by the team, or by this thread while the team is at a step of somebody
+    /// else's.
     pub fn share(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        self.install(|| run(tasks, task));
+        match self.turn.try_lock() {
+            Ok(turn) => self.take_turn(turn, || run(tasks, task)),
+            Err(TryLockError::Poisoned(turn)) => self.take_turn(turn.into_inner(), || run(tasks, task)),
+            Err(TryLockError::WouldBlock) => (0..tasks).for_each(task),
+        }
     }
 
     /// Runs `step`, whose parallel passes are shared by the team. Steps of several models take turns.
     pub fn install<R>(&self, step: impl FnOnce() -> R) -> R {
-        let _turn = lock(&self.turn);
+        self.take_turn(lock(&self.turn), step)
+    }
+
+    fn take_turn<R>(&self, _turn: MutexGuard<'_, ()>, step: impl FnOnce() -> R) -> R {
         *lock(&self.board.driver) = Some(thread::current());
         let _current = Current::enter(&*self.board);
         step()
@@ -110,7 +118,7 @@ impl Drop for Current {
 /// Runs `task` for every number below `tasks`: by the team whose step this is, or else by this thread.
 pub fn run(tasks: usize, task: Task) {
     let team = CURRENT.get();
-    if team.is_null() || tasks < 2 || u32::try_from(tasks).is_err() {
+    if team.is_null() || tasks < 2 {
         return (0..tasks).for_each(task);
     }
     // SAFETY: `install` keeps the team alive while `CURRENT` names it.
@@ -123,9 +131,8 @@ impl Board {
         self.done.store(0, Ordering::Relaxed);
         self.tasks.store(tasks, Ordering::Relaxed);
         self.task.store((&raw mut task).cast(), Ordering::Relaxed);
-        let number = (self.ticket.load(Ordering::Relaxed) >> 32).wrapping_add(1);
-        // Whoever takes a task sees what was stored before; whoever counts itself as sleeping later sees this ticket.
-        self.ticket.store(number << 32 | tasks as u64, Ordering::SeqCst);
+        // Whoever takes a task sees what was stored before; whoever counts itself as sleeping later sees that some are left.
+        self.left.store(tasks, Ordering::SeqCst);
         if self.sleeping.load(Ordering::SeqCst) > 0 {
             lock(&self.workers).iter().for_each(Thread::unpark);
         }
@@ -145,13 +152,13 @@ impl Board {
 
     /// Does one task of the pass under way, if there is one left.
     fn perform(&self) -> bool {
-        let take = |ticket: u64| (ticket as u32 > 0).then(|| ticket - 1);
-        let Ok(ticket) = self.ticket.fetch_update(Ordering::Acquire, Ordering::Acquire, take) else { return false };
+        let take = |left: usize| left.checked_sub(1);
+        let Ok(left) = self.left.fetch_update(Ordering::Acquire, Ordering::Acquire, take) else { return false };
         let tasks = self.tasks.load(Ordering::Relaxed);
         // SAFETY: this thread has taken a task of the pass that the pointer was stored for; the pass does not return, and
         // so the task stays borrowed and no other pass begins, before that task is counted as done.
         let task = unsafe { *self.task.load(Ordering::Relaxed) };
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(tasks - ticket as u32 as usize))) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(tasks - left))) {
             lock(&self.panic).get_or_insert(panic);
         }
         if self.done.fetch_add(1, Ordering::Release) + 1 == tasks
@@ -174,7 +181,7 @@ impl Board {
             } else {
                 self.sleeping.fetch_add(1, Ordering::SeqCst);
                 // A pass that began before this thread was counted does not wake it.
-                if self.ticket.load(Ordering::SeqCst) as u32 == 0 && !self.stop.load(Ordering::SeqCst) {
+                if self.left.load(Ordering::SeqCst) == 0 && !self.stop.load(Ordering::SeqCst) {
                     thread::park();
                 }
                 self.sleeping.fetch_sub(1, Ordering::SeqCst);
