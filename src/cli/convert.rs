@@ -1,10 +1,10 @@
 //! `rewake convert`: a checkpoint in another format.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 
-use super::checkpoint::{print, progress, show, write_whole};
+use super::checkpoint::{Target, inputs, print, progress, show};
 use crate::config;
 use crate::model::{Checkpoint, Conversion, Error, Format, Kind};
 use crate::{app, text};
@@ -56,8 +56,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         ..config::Model::default()
     };
     let checkpoint = app::checkpoint(&model)?;
-    let own = checkpoint.files().chain(args.lora.as_deref()).find(|file| same_file(file, &args.to));
-    ensure!(own.is_none(), "{} is what is read; write to another name", args.to.display());
+    let target = Target::new(&args.to, &inputs(&model, &checkpoint))?;
     let vocabulary = if format == Format::Gguf { vocabulary(&model, &checkpoint)? } else { None };
     let speechless = format == Format::Gguf && vocabulary.is_none();
     let bar = progress("converting", "tensors");
@@ -73,7 +72,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Err(Error::Write(e)) => Err(e.into()),
         written => written.with_context(|| app::files(&model)),
     };
-    write_whole(&args.to, write)?;
+    target.write(write)?;
     bar.finish_and_clear();
     if speechless {
         eprintln!(
@@ -96,8 +95,4 @@ fn vocabulary(model: &config::Model, checkpoint: &Checkpoint) -> anyhow::Result<
         return Ok(None);
     }
     Ok(Some((0..tokenizer.vocab_size() as u32).map(|id| text::to_literal(tokenizer.token_bytes(id))).collect()))
-}
-
-fn same_file(a: &Path, b: &Path) -> bool {
-    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use super::checkpoint::{Which, print, progress, show, write_whole};
+use super::checkpoint::{Target, Which, inputs, print, progress, show};
 use crate::types::{Row, SegmentData, SeqId, SlotId, Want};
 
 const EXAMPLES: &str = "\
@@ -41,6 +41,9 @@ const HEADER: usize = 1 << 20;
 /// Runs the server's own step and writes what it gives.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut opened = args.which.open()?;
+    let mut read = inputs(&args.which.config(), &opened.checkpoint);
+    read.extend(args.tokens.as_ref().map(PathBuf::from));
+    let target = Target::new(&args.out, &read)?;
     let ids = match (&args.tokens, &args.text) {
         (Some(tokens), _) => ids(tokens)?,
         (None, text) => {
@@ -54,7 +57,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     pool.reset(slot);
     let vocabulary = opened.model.description().vocabulary;
     let bar = progress("reading", "tokens");
-    write_whole(&args.out, |file| {
+    target.write(|file| {
         file.write_all(&[b' '; HEADER])?;
         let mut logits = Vec::new();
         let mut at = 0;

@@ -142,6 +142,7 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
         (at("shards"), shard.clone(), vec![], "is what is read"),
         (model.clone(), at("out"), vec![], "end it with .pth, .safetensors or .gguf"),
         (model.clone(), at("out.onnx"), vec![], "end it with .pth, .safetensors or .gguf"),
+        (model.clone(), at("out.st"), vec![], "end it with .pth, .safetensors or .gguf"),
         (model.clone(), at("folder.pth"), vec![], "directory"),
         (model.clone(), at("nowhere/out.pth"), vec![], "there is no folder"),
         (at("missing.pth"), at("out.pth"), vec![], "missing.pth"),

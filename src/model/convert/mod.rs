@@ -30,7 +30,8 @@ impl Format {
     pub fn of(path: &std::path::Path) -> Option<Self> {
         match path.extension()?.to_str()? {
             "pth" | "pt" => Some(Self::Pth),
-            "safetensors" | "st" => Some(Self::Safetensors),
+            // Not `st`: web-rwkv's files of that ending have another layout, and would be read back as such.
+            "safetensors" => Some(Self::Safetensors),
             "gguf" => Some(Self::Gguf),
             _ => None,
         }

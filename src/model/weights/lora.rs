@@ -10,7 +10,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
-use super::{Checkpoint, TensorInfo, file};
+use super::{Checkpoint, File, TensorInfo, file};
 use crate::model::Error;
 use crate::model::kernels::Weight;
 use crate::types::readable;
@@ -84,6 +84,10 @@ impl Lora {
             None => alpha_beside(path, &tensors)?,
         };
         Ok(Self { tensors, alpha: alpha.filter(|a| a.is_finite()).ok_or(Error::LoraAlpha)? })
+    }
+
+    pub(super) fn files(&self) -> &[File] {
+        &self.tensors.files
     }
 
     /// Every tensor of the adapter must have its place in the base, with fitting shapes.

@@ -105,9 +105,10 @@ impl Checkpoint {
         Some((info.shape.iter().product::<usize>() as u64, info.kind.tensor_bytes(&info.shape)? as u64))
     }
 
-    /// The files it is in.
+    /// The files it is in, and those of its LoRA adapter.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
-        self.files.iter().map(|file| file.path.as_path())
+        let adapter = self.lora.iter().flat_map(|lora| lora.files());
+        self.files.iter().chain(adapter).map(|file| file.path.as_path())
     }
 
     /// The container it came in.
