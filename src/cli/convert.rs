@@ -59,6 +59,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let target = Target::new(&args.to, &inputs(&model, &checkpoint))?;
     let vocabulary = if format == Format::Gguf { vocabulary(&model, &checkpoint)? } else { None };
     let speechless = format == Format::Gguf && vocabulary.is_none();
+    let left = format != Format::Gguf && left_behind(&checkpoint);
     let bar = progress("converting", "tensors");
     let conversion = Conversion {
         checkpoint: &checkpoint,
@@ -74,6 +75,15 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
     target.write(write)?;
     bar.finish_and_clear();
+    if let (Some(kind), n @ 1..) = (args.kind, conversion.unfit()) {
+        eprintln!("{n} of the large matrices have no rows of whole blocks of {kind}; they became q8_0, or f16");
+    }
+    if left {
+        eprintln!(
+            "the vocabulary stays behind, for such a file holds tensors only: put its tokenizer.json or vocabulary file \
+             beside the new one, or name it with --tokenizer"
+        );
+    }
     if speechless {
         eprintln!(
             "no vocabulary is in the file: llama.cpp has RWKV's own kind of tokenizer, and this model has another, or \
@@ -83,13 +93,21 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     print(&format!("{}\n", args.to.display()))
 }
 
+/// Whether the checkpoint holds a vocabulary that is not known by its size.
+fn left_behind(checkpoint: &Checkpoint) -> bool {
+    let Ok(Some(literals)) = checkpoint.vocabulary() else { return false };
+    text::from_literals(&literals).map_or(true, |text| !text::is_world(&*text) && text.name() != text::bytes().name())
+}
+
 /// Every id's token, if the model's vocabulary is one of byte strings of which text takes the longest.
 fn vocabulary(model: &config::Model, checkpoint: &Checkpoint) -> anyhow::Result<Option<Vec<Vec<u8>>>> {
     let tokenizer = match app::tokenizer(model, checkpoint) {
         Ok(tokenizer) => tokenizer,
-        // Only a choice that somebody made must be kept.
-        Err(e) if model.tokenizer.is_some() => return Err(e),
-        Err(_) => return Ok(None),
+        // Llama.cpp can do without; what is there and broken is another matter.
+        Err(e) if e.is::<app::UnknownTokenizer>() || matches!(e.downcast_ref(), Some(Error::Vocabulary(_))) => {
+            return Ok(None);
+        }
+        Err(e) => return Err(e).context("the tokenizer"),
     };
     if !tokenizer.is_greedy() {
         return Ok(None);

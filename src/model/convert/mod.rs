@@ -92,6 +92,15 @@ impl Conversion<'_> {
         }
     }
 
+    /// How many large matrices cannot have the wanted type in a GGUF file, because their rows are no whole blocks of it.
+    pub fn unfit(&self) -> usize {
+        let Some(kind) = self.kind else { return 0 };
+        let unfit = |(name, info): &(&String, &TensorInfo)| {
+            is_large_matrix(name, &info.shape) && kind.tensor_bytes(&info.shape).is_none()
+        };
+        self.checkpoint.tensors().iter().filter(unfit).count()
+    }
+
     /// Every tensor under its original name.
     fn originals(&self) -> Result<Vec<Target>, Error> {
         if let Some(kind) = self.kind.filter(|kind| kind.block() > 1) {
