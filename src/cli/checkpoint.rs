@@ -153,6 +153,26 @@ pub fn inputs(model: &config::Model, checkpoint: &Checkpoint) -> Vec<PathBuf> {
     checkpoint.files().map(Path::to_owned).chain(named).collect()
 }
 
+/// All of a file that a command was told to read; a device would never end.
+///
+/// # Errors
+/// When it is no regular file, or has more than [`LARGEST`] bytes.
+pub fn read_file(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let cannot = || format!("cannot read {}", path.display());
+    let metadata = fs::metadata(path).with_context(cannot)?;
+    ensure!(metadata.is_file(), "{}: it is no regular file", cannot());
+    ensure!(metadata.len() <= LARGEST, "{}: it has more than {LARGEST} bytes", cannot());
+    fs::read(path).with_context(cannot)
+}
+
+/// The same as text.
+pub fn read_text(path: &Path) -> anyhow::Result<String> {
+    String::from_utf8(read_file(path)?).with_context(|| format!("cannot read {}: it is not UTF-8", path.display()))
+}
+
+/// Bytes of a file of text or of token ids.
+const LARGEST: u64 = 1 << 30;
+
 /// Prints to standard output; somebody who closed it has seen enough.
 pub fn print(text: &str) -> anyhow::Result<()> {
     match io::stdout().write_all(text.as_bytes()) {

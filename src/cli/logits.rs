@@ -1,13 +1,12 @@
 //! `rewake logits`: the logits after every token, to compare with any other implementation.
 
-use std::fs;
 use std::io::{Seek, SeekFrom, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use super::checkpoint::{Target, Which, inputs, print, progress, show};
+use super::checkpoint::{Target, Which, inputs, print, progress, read_file, show};
 use crate::types::{Row, SegmentData, SeqId, SlotId, Want};
 
 const EXAMPLES: &str = "\
@@ -28,7 +27,7 @@ pub struct Args {
     #[arg(long, value_name = "TEXT")]
     text: Option<String>,
     /// Tokens read in one step: a matter of speed, the logits are the same bit for bit
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]
     chunk: u32,
     /// Safetensors file to write, all float32: `logits [T, V]`, and the state after the last token as `state.*`
     #[arg(long, value_name = "FILE")]
@@ -84,8 +83,8 @@ fn ids(tokens: &str) -> anyhow::Result<Vec<u32>> {
     if let Ok(ids) = tokens.split(',').map(number).collect() {
         return Ok(ids);
     }
-    let text =
-        fs::read(tokens).with_context(|| format!("`{tokens}` is neither token ids, such as 1,2,3, nor a file"))?;
+    let text = read_file(Path::new(tokens))
+        .with_context(|| format!("`{tokens}` is neither token ids, such as 1,2,3, nor a file"))?;
     let mut json: serde_json::Value = serde_json::from_slice(&text).with_context(|| format!("{tokens} is not JSON"))?;
     if json.is_object() {
         json = json["tokens"].take();
@@ -117,6 +116,8 @@ fn header(logits: &[usize; 2], state: &[SegmentData]) -> anyhow::Result<Vec<u8>>
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
