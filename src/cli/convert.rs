@@ -101,9 +101,13 @@ fn left_behind(checkpoint: &Checkpoint) -> bool {
 
 /// Every id's token, if the model's vocabulary is one of byte strings of which text takes the longest.
 fn vocabulary(model: &config::Model, checkpoint: &Checkpoint) -> anyhow::Result<Option<Vec<Vec<u8>>>> {
+    // What is wrong with such a checkpoint is told by the conversion.
+    if checkpoint.vocabulary_size().is_none() {
+        return Ok(None);
+    }
     let tokenizer = match app::tokenizer(model, checkpoint) {
         Ok(tokenizer) => tokenizer,
-        // Llama.cpp can do without; what is there and broken is another matter.
+        // llama.cpp can do without; what is there and broken is another matter.
         Err(e) if e.is::<app::UnknownTokenizer>() || matches!(e.downcast_ref(), Some(Error::Vocabulary(_))) => {
             return Ok(None);
         }

@@ -136,6 +136,8 @@ fn what_cannot_be_read_or_written_leaves_nothing() {
         (&v7, &at("large"), at("out"), vec!["large", "4294967296"]),
         (&v7, &at("other"), at("out"), vec!["other", "no list of token ids"]),
         (&v1, &ids(129), at("out"), vec!["129 tokens", "at most 128"]),
+        #[cfg(unix)]
+        (&v7, "/dev/null", at("out"), vec!["/dev/null", "no regular file"]),
         (&v7, "1", at("nowhere/out"), vec!["nowhere/out", "there is no folder"]),
         (&v7, "1", folder.path().display().to_string(), vec!["cannot write", "directory"]),
     ] {
