@@ -109,8 +109,8 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
         for file in given.chain(model.initial_state.iter().map(|state| &state.file)) {
             let shown = file.display();
             let metadata = fs::metadata(file).with_context(|| format!("cannot open {shown}"))?;
-            // A model may be a folder, as at Hugging Face.
-            let folder = metadata.is_dir() && Some(file) == model.file.as_ref();
+            // A model or an adapter may be a folder, as at Hugging Face.
+            let folder = metadata.is_dir() && [&model.file, &model.lora].contains(&&Some(file.clone()));
             anyhow::ensure!(metadata.is_file() || folder, "{shown} is not a regular file");
             fs::File::open(file).with_context(|| format!("cannot open {shown}"))?;
         }
@@ -140,6 +140,8 @@ fn load_model(
     progress: &dyn Fn(&str, usize, usize),
 ) -> anyhow::Result<Model> {
     let name = config.served_name();
+    // Where no bar is seen, such as in a container, this is all that is heard of a long load.
+    tracing::info!(model = name, files = files(config), "loading");
     let opened = team.install(|| open(config, &|done, all| progress(&name, done, all)));
     let opened = opened.and_then(|Opened { model, checkpoint }| {
         let text = tokenizer(config, &checkpoint).context("the tokenizer")?;
@@ -149,6 +151,7 @@ fn load_model(
     });
     let (model, text, profile, initial) = opened.with_context(|| format!("loading model `{name}`"))?;
     let d = model.description().clone();
+    tracing::info!(model = name, generation = d.generation, weight_bytes = d.weight_bytes, "loaded");
     let seats = engine.seats;
     let backend = ModelBackend::new(model, 2 * seats, team.clone())?;
     let limits = Limits { seats, queue: engine.queue, budget: engine.budget, busy_budget: engine.busy_budget };
@@ -164,6 +167,7 @@ fn load_model(
         parameters: d.parameters,
         weight_bytes: d.weight_bytes,
         state_bytes: d.state_bytes,
+        state_bytes_per_token: d.state_bytes_per_token,
         context: d.context,
         fingerprint: d.fingerprint,
         tokenizer: text.name().into(),
@@ -247,6 +251,18 @@ pub fn tokenizer(config: &config::Model, checkpoint: &Checkpoint) -> anyhow::Res
     Ok(tokenizer)
 }
 
+/// Neither a checkpoint nor what stands beside it says how it reads text.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "none is known for a vocabulary of {vocabulary} ids; {known}give one with --tokenizer (`world`, `bytes`, a \
+     tokenizer.json or a vocabulary file)"
+)]
+pub struct UnknownTokenizer {
+    vocabulary: usize,
+    /// What is known of it all the same.
+    known: String,
+}
+
 /// What stands beside a checkpoint, or is known of a vocabulary of this size.
 fn tokenizer_beside(checkpoint: &Path, vocabulary: usize) -> anyhow::Result<Arc<dyn Tokenizer>> {
     let beside = |name: &str| {
@@ -267,13 +283,11 @@ fn tokenizer_beside(checkpoint: &Path, vocabulary: usize) -> anyhow::Result<Arc<
         return tokenizer_file(&file);
     }
     let known = if pile {
-        format!("GPT-NeoX's has as many: put its `{PILE_FILE}` beside the model, or")
+        format!("GPT-NeoX's has as many: put its `{PILE_FILE}` beside the model, or ")
     } else {
         String::new()
     };
-    bail!(
-        "none is known for a vocabulary of {vocabulary} ids; {known} give one with --tokenizer (`world`, `bytes`, a tokenizer.json or a vocabulary file)"
-    )
+    bail!(UnknownTokenizer { vocabulary, known })
 }
 
 /// Sizes that models of the World vocabulary have, and those of the Pile, whose head may be padded.
@@ -294,7 +308,8 @@ fn tokenizer_file(file: &Path) -> anyhow::Result<Arc<dyn Tokenizer>> {
     read.with_context(|| format!("cannot use {}", file.display()))
 }
 
-/// The profile: as configured, else by the tokenizer.
+/// The profile: as configured, else by what the vocabulary is, wherever it was found: a session goes on in another
+/// container with the template it began with.
 pub fn profile(config: &config::Model, text: &dyn Tokenizer) -> anyhow::Result<Profile> {
     let name = match (&config.profile, &config.file) {
         (Some(ProfileChoice::Own(profile)), _) => {
@@ -303,7 +318,7 @@ pub fn profile(config: &config::Model, text: &dyn Tokenizer) -> anyhow::Result<P
         }
         (Some(ProfileChoice::Named(name)), _) => name.as_str(),
         (None, None) => demo::PROFILE,
-        (None, Some(_)) if text.name() == "world" => "g1",
+        (None, Some(_)) if text::is_world(text) => "g1",
         (None, Some(_)) if PILE_VOCABULARY.contains(&text.vocab_size()) => "pile",
         (None, Some(_)) => "world",
     };

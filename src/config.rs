@@ -141,9 +141,16 @@ pub struct Flags {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("the configuration is wrong: {}", lines(.0))]
-    Read(#[from] config::ConfigError),
+    Read(config::ConfigError),
     #[error("the configuration is wrong: `{key}` {}", readable(.why))]
     Value { key: String, why: String },
+}
+
+/// Not as a source, which would be printed once more.
+impl From<config::ConfigError> for Error {
+    fn from(error: config::ConfigError) -> Self {
+        Self::Read(error)
+    }
 }
 
 /// What is wrong, with the line of the file in which it is.
@@ -289,6 +296,13 @@ impl Model {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_is_not_there_is_named_once() {
+        let flags = Flags { config: Some("nowhere.toml".into()), ..Flags::default() };
+        let error = anyhow::Error::from(Config::load(&flags, std::iter::empty()).expect_err("no file"));
+        assert_eq!(format!("{error:#}").matches("nowhere.toml").count(), 1, "{error:#}");
+    }
 
     fn load(toml: &str, environment: &[(&str, &str)], flags: Flags) -> Result<Config, Error> {
         let dir = tempfile::tempdir().expect("a folder");

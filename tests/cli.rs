@@ -148,6 +148,7 @@ fn every_command_explains_itself() {
         (&["logits", "--out", "x"], "<--tokens <IDS|FILE>|--text <TEXT>>"),
         (&["logits", "--tokens", "1"], "--out <FILE>"),
         (&["logits", "--tokens", "1", "--out", "x", "--chunk", "0"], "0 is not in 1.."),
+        (&["logits", "--tokens", "1", "--out", "x", "--chunk", "4097"], "4097 is not in 1.."),
         (&["convert", "a", "b.gguf", "--type", "q9"], "there are f32, f16, bf16, q8_0"),
         (&["inspect", "--lora-alpha", "1"], "--lora <FILE>"),
     ] {

@@ -41,6 +41,8 @@ pub struct ModelDetails {
     pub parameters: u64,
     /// Bytes of the recurrent state of one sequence, whatever its length.
     pub state_bytes: u64,
+    /// Bytes by which it grows with every token: 0 but for models that look back over the text.
+    pub state_bytes_per_token: u64,
     /// Tokens a sequence can have; null when there is no limit, as for every generation but the first.
     #[schema(required = true)]
     pub context: Option<usize>,
@@ -92,6 +94,7 @@ impl From<ModelCard> for Model {
             vocabulary: card.vocabulary,
             parameters: card.parameters,
             state_bytes: card.state_bytes,
+            state_bytes_per_token: card.state_bytes_per_token,
             context: card.context,
             fingerprint: card.fingerprint,
             tokenizer: card.tokenizer,

@@ -1,6 +1,6 @@
 //! Which checkpoint a command is about, how it is opened, and files that appear whole or not at all.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::app::{self, Opened};
 use crate::config;
+use crate::model::Checkpoint;
 use crate::text::Tokenizer;
 
 /// A checkpoint and what is added to it.
@@ -84,30 +85,93 @@ pub fn show(bar: &ProgressBar, done: usize, all: usize) {
     bar.set_position(done as u64);
 }
 
-/// Writes a file that has its name only when it is complete: a kill leaves nothing under it. Until then it is called
-/// `NAME.….part`.
+/// A file that a command writes, and which has its name only when it is complete: a kill leaves nothing under it. Until
+/// then it is called `NAME.….part`.
+pub struct Target {
+    /// As it was given.
+    shown: PathBuf,
+    /// Links followed: what they lead to is written, and they stay.
+    path: PathBuf,
+}
+
+impl Target {
+    /// A place for a result of `inputs`.
+    ///
+    /// # Errors
+    /// When it is one of them, or there and no regular file: a device would be replaced, not written to.
+    pub fn new(path: &Path, inputs: &[PathBuf]) -> anyhow::Result<Self> {
+        let cannot = || format!("cannot write {}", path.display());
+        let shown = path.to_owned();
+        if fs::symlink_metadata(path).is_err() {
+            return Ok(Self { path: shown.clone(), shown });
+        }
+        let path = path.canonicalize().with_context(cannot)?;
+        let metadata = fs::metadata(&path).with_context(cannot)?;
+        ensure!(!metadata.is_dir(), "{}: it is a directory", cannot());
+        ensure!(metadata.is_file(), "{}: it is no regular file", cannot());
+        let own = inputs.iter().any(|input| input.canonicalize().is_ok_and(|input| input == path));
+        ensure!(!own, "{} is what is read; write to another name", shown.display());
+        Ok(Self { shown, path })
+    }
+
+    /// Writes it.
+    ///
+    /// # Errors
+    /// Those of `write` as they are; what the disk says, with the path.
+    pub fn write(self, write: impl FnOnce(&mut BufWriter<File>) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        let Self { shown, path } = self;
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let cannot = || format!("cannot write {}", shown.display());
+        ensure!(folder.is_dir(), "{}: there is no folder {}", cannot(), folder.display());
+        let prefix = path.file_name().map(|name| format!("{}.", name.to_string_lossy())).unwrap_or_default();
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(&prefix).suffix(".part");
+        #[cfg(unix)]
+        // As any new file: readable by whom the user's umask says.
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let (file, part) = builder.tempfile_in(folder).map_err(without_path).with_context(cannot)?.into_parts();
+        let mut file = BufWriter::with_capacity(1 << 20, file);
+        write(&mut file).map_err(|e| if e.is::<io::Error>() { e.context(cannot()) } else { e })?;
+        let file = file.into_inner().map_err(io::IntoInnerError::into_error).with_context(cannot)?;
+        file.sync_all().with_context(cannot)?;
+        part.persist(&path).map_err(|e| e.error).with_context(cannot)?;
+        // The name is durable when the folder is.
+        File::open(folder).and_then(|folder| folder.sync_all()).with_context(cannot)
+    }
+}
+
+/// What the system said, without the path of a temporary file, which is nobody's business.
+fn without_path(error: io::Error) -> io::Error {
+    let cause = error.get_ref().and_then(|error| error.source()?.downcast_ref::<io::Error>()?.raw_os_error());
+    cause.map_or(error, io::Error::from_raw_os_error)
+}
+
+/// The files that a model is read from.
+pub fn inputs(model: &config::Model, checkpoint: &Checkpoint) -> Vec<PathBuf> {
+    let tokenizer = model.tokenizer.as_ref().map(PathBuf::from);
+    let named = [&model.file, &model.lora, &model.state, &tokenizer].into_iter().flatten().cloned();
+    checkpoint.files().map(Path::to_owned).chain(named).collect()
+}
+
+/// All of a file that a command was told to read; a device would never end.
 ///
 /// # Errors
-/// Those of `write` as they are; what the disk says, with the path.
-pub fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> anyhow::Result<()>) -> anyhow::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let cannot = || format!("cannot write {}", path.display());
-    ensure!(folder.is_dir(), "{}: there is no folder {}", cannot(), folder.display());
-    let prefix = path.file_name().map(|name| format!("{}.", name.to_string_lossy())).unwrap_or_default();
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(&prefix).suffix(".part");
-    #[cfg(unix)]
-    // As any new file: readable by whom the user's umask says.
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let (file, part) = builder.tempfile_in(folder).with_context(cannot)?.into_parts();
-    let mut file = BufWriter::with_capacity(1 << 20, file);
-    write(&mut file).map_err(|e| if e.is::<io::Error>() { e.context(cannot()) } else { e })?;
-    let file = file.into_inner().map_err(io::IntoInnerError::into_error).with_context(cannot)?;
-    file.sync_all().with_context(cannot)?;
-    part.persist(path).map_err(|e| e.error).with_context(cannot)?;
-    // The name is durable when the folder is.
-    File::open(folder).and_then(|folder| folder.sync_all()).with_context(cannot)
+/// When it is no regular file, or has more than [`LARGEST`] bytes.
+pub fn read_file(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let cannot = || format!("cannot read {}", path.display());
+    let metadata = fs::metadata(path).with_context(cannot)?;
+    ensure!(metadata.is_file(), "{}: it is no regular file", cannot());
+    ensure!(metadata.len() <= LARGEST, "{}: it has more than {LARGEST} bytes", cannot());
+    fs::read(path).with_context(cannot)
 }
+
+/// The same as text.
+pub fn read_text(path: &Path) -> anyhow::Result<String> {
+    String::from_utf8(read_file(path)?).with_context(|| format!("cannot read {}: it is not UTF-8", path.display()))
+}
+
+/// Bytes of a file of text or of token ids.
+const LARGEST: u64 = 1 << 30;
 
 /// Prints to standard output; somebody who closed it has seen enough.
 pub fn print(text: &str) -> anyhow::Result<()> {
@@ -119,23 +183,23 @@ pub fn print(text: &str) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     #[test]
     fn what_fails_leaves_the_old_file_and_nothing_else() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("out");
-        write_whole(&path, |file| Ok(file.write_all(b"old")?)).expect("a file");
-        let failed = write_whole(&path, |file| {
+        let target = |path: &Path| Target::new(path, &[]).expect("a target");
+        target(&path).write(|file| Ok(file.write_all(b"old")?)).expect("a file");
+        let failed = target(&path).write(|file| {
             file.write_all(&[0; 1 << 21])?;
             anyhow::bail!("no more")
         });
         assert_eq!(failed.expect_err("it failed").to_string(), "no more");
         assert_eq!(fs::read(&path).expect("the old file"), b"old");
         assert_eq!(fs::read_dir(folder.path()).expect("the folder").count(), 1);
-        let error = write_whole(&folder.path().join("none/out"), |_| Ok(())).expect_err("no such folder").to_string();
+        let error = target(&folder.path().join("none/out")).write(|_| Ok(())).expect_err("no such folder");
+        let error = error.to_string();
         assert!(error.contains("there is no folder"), "{error}");
     }
 }

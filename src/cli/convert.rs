@@ -1,10 +1,10 @@
 //! `rewake convert`: a checkpoint in another format.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 
-use super::checkpoint::{print, progress, show, write_whole};
+use super::checkpoint::{Target, inputs, print, progress, show};
 use crate::config;
 use crate::model::{Checkpoint, Conversion, Error, Format, Kind};
 use crate::{app, text};
@@ -56,10 +56,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         ..config::Model::default()
     };
     let checkpoint = app::checkpoint(&model)?;
-    let own = checkpoint.files().chain(args.lora.as_deref()).find(|file| same_file(file, &args.to));
-    ensure!(own.is_none(), "{} is what is read; write to another name", args.to.display());
+    let target = Target::new(&args.to, &inputs(&model, &checkpoint))?;
     let vocabulary = if format == Format::Gguf { vocabulary(&model, &checkpoint)? } else { None };
     let speechless = format == Format::Gguf && vocabulary.is_none();
+    let left = format != Format::Gguf && left_behind(&checkpoint);
     let bar = progress("converting", "tensors");
     let conversion = Conversion {
         checkpoint: &checkpoint,
@@ -73,8 +73,17 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Err(Error::Write(e)) => Err(e.into()),
         written => written.with_context(|| app::files(&model)),
     };
-    write_whole(&args.to, write)?;
+    target.write(write)?;
     bar.finish_and_clear();
+    if let (Some(kind), n @ 1..) = (args.kind, conversion.unfit()) {
+        eprintln!("{n} of the large matrices have no rows of whole blocks of {kind}; they became q8_0, or f16");
+    }
+    if left {
+        eprintln!(
+            "the vocabulary stays behind, for such a file holds tensors only: put its tokenizer.json or vocabulary file \
+             beside the new one, or name it with --tokenizer"
+        );
+    }
     if speechless {
         eprintln!(
             "no vocabulary is in the file: llama.cpp has RWKV's own kind of tokenizer, and this model has another, or \
@@ -84,20 +93,28 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     print(&format!("{}\n", args.to.display()))
 }
 
+/// Whether the checkpoint holds a vocabulary that is not known by its size.
+fn left_behind(checkpoint: &Checkpoint) -> bool {
+    let Ok(Some(literals)) = checkpoint.vocabulary() else { return false };
+    text::from_literals(&literals).map_or(true, |text| !text::is_world(&*text) && text.name() != text::bytes().name())
+}
+
 /// Every id's token, if the model's vocabulary is one of byte strings of which text takes the longest.
 fn vocabulary(model: &config::Model, checkpoint: &Checkpoint) -> anyhow::Result<Option<Vec<Vec<u8>>>> {
+    // What is wrong with such a checkpoint is told by the conversion.
+    if checkpoint.vocabulary_size().is_none() {
+        return Ok(None);
+    }
     let tokenizer = match app::tokenizer(model, checkpoint) {
         Ok(tokenizer) => tokenizer,
-        // Only a choice that somebody made must be kept.
-        Err(e) if model.tokenizer.is_some() => return Err(e),
-        Err(_) => return Ok(None),
+        // llama.cpp can do without; what is there and broken is another matter.
+        Err(e) if e.is::<app::UnknownTokenizer>() || matches!(e.downcast_ref(), Some(Error::Vocabulary(_))) => {
+            return Ok(None);
+        }
+        Err(e) => return Err(e).context("the tokenizer"),
     };
     if !tokenizer.is_greedy() {
         return Ok(None);
     }
     Ok(Some((0..tokenizer.vocab_size() as u32).map(|id| text::to_literal(tokenizer.token_bytes(id))).collect()))
-}
-
-fn same_file(a: &Path, b: &Path) -> bool {
-    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }

@@ -1,6 +1,5 @@
 //! `rewake eval`: perplexity of a text, accuracy on LAMBADA.
 
-use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail, ensure};
 use serde_json::json;
 
-use super::checkpoint::{Which, print, progress, show};
+use super::checkpoint::{Which, print, progress, read_text, show};
 use crate::model::{Model, Pool};
 use crate::text::Tokenizer;
 use crate::types::{Row, SeqId, SlotId, Want};
@@ -87,7 +86,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 impl Reader {
     /// Every token of the text given all before it; the end of a document stands before the first.
     fn perplexity(&mut self, file: &Path, limit: usize) -> anyhow::Result<serde_json::Value> {
-        let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let text = read_text(file)?;
         let mut ids = self.text.encode_special(&text);
         ids.truncate(limit);
         // A model with a limited context reads the text in pieces that fit.
@@ -114,7 +113,7 @@ impl Reader {
 
     /// The last word of each text, with the space before it, given what stands before, as the original evaluations do it.
     fn lambada(&mut self, file: &Path, limit: usize) -> anyhow::Result<serde_json::Value> {
-        let lines = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let lines = read_text(file)?;
         let lines = lines.lines().zip(1..).filter(|(line, _)| !line.trim().is_empty()).take(limit);
         let most = self.model.description().context.unwrap_or(usize::MAX);
         let passage = |(line, n): (&str, usize)| {

@@ -46,6 +46,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         ("types", json!(kinds)),
         ("weight_bytes", json!(d.weight_bytes)),
         ("state_bytes", json!(d.state_bytes)),
+        ("state_bytes_per_token", json!(d.state_bytes_per_token)),
         ("tokenizer", json!(text.as_ref().map_or_else(|e| e.root_cause().to_string(), |text| text.name().into()))),
         ("template", json!(profile.as_ref().map(|p| &p.name))),
         ("stop", json!(profile.as_ref().map(|p| &p.stop))),
@@ -63,8 +64,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         return print(&format!("{:#}\n", Value::Object(object)));
     }
     let mut lines = String::new();
-    for (key, value) in about.iter().filter(|(_, value)| !value.is_null()) {
-        writeln!(lines, "{:<13}{}", key.replace('_', " "), shown(key, value))?;
+    for (key, value) in about.iter().filter(|(key, value)| !value.is_null() && *key != "state_bytes_per_token") {
+        let mut shown = shown(key, value);
+        if *key == "state_bytes" && d.state_bytes_per_token > 0 {
+            write!(shown, ", and {} for each token", d.state_bytes_per_token)?;
+        }
+        writeln!(lines, "{:<13}{shown}", key.replace('_', " "))?;
     }
     for (name, tensor) in tensors {
         writeln!(lines, "  {name} {} {:?}", tensor.kind, tensor.shape)?;

@@ -1,13 +1,12 @@
 //! `rewake logits`: the logits after every token, to compare with any other implementation.
 
-use std::fs;
 use std::io::{Seek, SeekFrom, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use super::checkpoint::{Which, print, progress, show, write_whole};
+use super::checkpoint::{Target, Which, inputs, print, progress, read_file, show};
 use crate::types::{Row, SegmentData, SeqId, SlotId, Want};
 
 const EXAMPLES: &str = "\
@@ -28,7 +27,7 @@ pub struct Args {
     #[arg(long, value_name = "TEXT")]
     text: Option<String>,
     /// Tokens read in one step: a matter of speed, the logits are the same bit for bit
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]
     chunk: u32,
     /// Safetensors file to write, all float32: `logits [T, V]`, and the state after the last token as `state.*`
     #[arg(long, value_name = "FILE")]
@@ -41,6 +40,9 @@ const HEADER: usize = 1 << 20;
 /// Runs the server's own step and writes what it gives.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut opened = args.which.open()?;
+    let mut read = inputs(&args.which.config(), &opened.checkpoint);
+    read.extend(args.tokens.as_ref().map(PathBuf::from));
+    let target = Target::new(&args.out, &read)?;
     let ids = match (&args.tokens, &args.text) {
         (Some(tokens), _) => ids(tokens)?,
         (None, text) => {
@@ -54,7 +56,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     pool.reset(slot);
     let vocabulary = opened.model.description().vocabulary;
     let bar = progress("reading", "tokens");
-    write_whole(&args.out, |file| {
+    target.write(|file| {
         file.write_all(&[b' '; HEADER])?;
         let mut logits = Vec::new();
         let mut at = 0;
@@ -81,8 +83,8 @@ fn ids(tokens: &str) -> anyhow::Result<Vec<u32>> {
     if let Ok(ids) = tokens.split(',').map(number).collect() {
         return Ok(ids);
     }
-    let text =
-        fs::read(tokens).with_context(|| format!("`{tokens}` is neither token ids, such as 1,2,3, nor a file"))?;
+    let text = read_file(Path::new(tokens))
+        .with_context(|| format!("`{tokens}` is neither token ids, such as 1,2,3, nor a file"))?;
     let mut json: serde_json::Value = serde_json::from_slice(&text).with_context(|| format!("{tokens} is not JSON"))?;
     if json.is_object() {
         json = json["tokens"].take();
@@ -114,6 +116,8 @@ fn header(logits: &[usize; 2], state: &[SegmentData]) -> anyhow::Result<Vec<u8>>
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -100,8 +100,12 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 fn welcome(config: &Config, cards: &[ModelCard], address: std::net::SocketAddr) -> anyhow::Result<String> {
     let mut lines = vec![format!("Rewake {} is serving on http://{address}", env!("CARGO_PKG_VERSION"))];
     for (card, model) in cards.iter().zip(&config.model) {
+        let growth = match card.state_bytes_per_token {
+            0 => String::new(),
+            bytes => format!(", and {} more for each token", HumanBytes(bytes)),
+        };
         lines.push(format!(
-            "  model   {}: RWKV-{}, {:.1} M parameters in {}, {} of state a conversation",
+            "  model   {}: RWKV-{}, {:.1} M parameters in {}, {} of state a conversation{growth}",
             card.id,
             card.generation.trim_start_matches('v'),
             card.parameters as f64 / 1e6,

@@ -229,6 +229,8 @@ pub struct Description {
     pub arithmetic: &'static str,
     /// Bytes of one sequence's state, what grows with the text not counted.
     pub state_bytes: u64,
+    /// Bytes by which it grows with every token, as far as it does.
+    pub state_bytes_per_token: u64,
     /// Tokens a sequence can have, where the model has such a limit.
     pub context: Option<usize>,
 }
@@ -271,6 +273,8 @@ impl Model {
         }
         segments.extend(parts.head.segments());
         description.state_bytes = 4 * segments.iter().map(Segment::values).sum::<usize>() as u64;
+        let width = |segment: &Segment| if let Segment::Log { width, .. } = segment { *width } else { 0 };
+        description.state_bytes_per_token = 4 * segments.iter().map(width).sum::<usize>() as u64;
         description.context =
             segments.iter().filter_map(|s| if let Segment::Log { cap, .. } = s { *cap } else { None }).min();
         description.arithmetic = ARITHMETIC;

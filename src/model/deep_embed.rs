@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, InplaceOp2, Layout, Ten
 
 use super::Error;
 use super::block::Sizes;
-use super::kernels::{self, Weight};
+use super::kernels::{self, Kind, Weight};
 use super::linear::{self, LayerNorm, Linear, Orientation, floats, floats_mut};
 use super::weights::Loader;
 
@@ -24,17 +24,19 @@ impl DeepEmbed {
         /// Tokens that are merged at a time.
         const TOKENS: usize = 256;
         let c = sizes.width;
-        let own = loader.weight(&format!("{name}.weight"), &[sizes.vocabulary, width])?;
+        let table = format!("{name}.weight");
+        let own = loader.weight(&table, &[sizes.vocabulary, width])?;
         let embedding = loader.weight("emb.weight", &[sizes.vocabulary, c])?;
         let ln0 = LayerNorm::load(loader, "blocks.0.ln0", c)?;
         let x = Linear::load(loader, &format!("{name}_x.weight"), width, c, Orientation::OutIn)?;
-        let mut merged = vec![0f32; own.len()];
-        let (mut raw, mut row) = (vec![0f32; c], vec![0f32; width]);
-        for (n, merged) in merged.chunks_mut(TOKENS * width).enumerate() {
-            let count = merged.len() / width;
+        let mut bytes = Vec::with_capacity(4 * own.len());
+        let (mut raw, mut merged, mut row) = (vec![0f32; c], vec![0f32; TOKENS * width], vec![0f32; width]);
+        for first in (0..sizes.vocabulary).step_by(TOKENS) {
+            let count = TOKENS.min(sizes.vocabulary - first);
+            let merged = &mut merged[..count * width];
             let mut normed = vec![0f32; count * c];
             for (token, normed) in normed.chunks_exact_mut(c).enumerate() {
-                embedding.row(n * TOKENS + token, &mut raw);
+                embedding.row(first + token, &mut raw);
                 ln0.rows(&raw, normed);
             }
             let normed = Tensor::from_vec(normed, (count, c), &Device::Cpu)?;
@@ -42,11 +44,16 @@ impl DeepEmbed {
             x.forward(&normed, &product)?;
             linear::read(&product, |product| merged.copy_from_slice(product))?;
             for (token, merged) in merged.chunks_exact_mut(width).enumerate() {
-                own.row(n * TOKENS + token, &mut row);
+                own.row(first + token, &mut row);
                 kernels::add(merged, &row);
             }
+            bytes.extend(merged.iter().flat_map(|value| value.to_le_bytes()));
         }
-        Ok(Self(Weight::from_f32(&[sizes.vocabulary, width], &merged)))
+        loader.served_as(own.bytes().len(), bytes.len());
+        loader.release(&table);
+        loader.release("emb.weight");
+        let shape = [sizes.vocabulary, width];
+        Ok(Self(Weight::new(Kind::F32, &shape, bytes).expect("every token has its row")))
     }
 
     /// `x [N, W]` *= the vectors of `ids [N]`.

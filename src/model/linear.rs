@@ -44,7 +44,13 @@ impl Linear {
             let (found, expected) = (vec![rows, cols], format!("a layer of at least {THIN} outputs"));
             return Err(Error::Shape { name: name.into(), found, expected });
         }
-        loader.table(name, (rows, cols), |weight| Self::pack(weight, outputs, inputs, stored))
+        loader.table(name, (rows, cols), |weight| {
+            // Blocks along the wrong axis are taken apart.
+            if stored == Orientation::InOut && weight.kind().block() > 1 {
+                loader.served_as(weight.bytes().len(), 4 * weight.len());
+            }
+            Self::pack(weight, outputs, inputs, stored)
+        })
     }
 
     /// The tensors `{name}.weight [outputs, inputs]` and `{name}.bias [outputs]`.

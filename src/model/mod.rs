@@ -71,6 +71,10 @@ pub enum Error {
         "{path} does not tell the LoRA's alpha: {why}; correct it, or give the alpha (`--lora-alpha`, `lora_alpha`)"
     )]
     LoraConfig { path: String, why: String },
+    #[error("no LoRA adapter for this model: {0}")]
+    Lora(String),
+    #[error("the vocabulary in the file cannot be used: {0}")]
+    Vocabulary(String),
     #[error("token id {id} is outside the vocabulary of {vocabulary}")]
     TokenRange { id: u32, vocabulary: usize },
     #[error("state segment `{0}` does not fit this model: {1}")]

@@ -57,6 +57,7 @@ pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Err
         fingerprint: String::new(),
         arithmetic: "",
         state_bytes: 0,
+        state_bytes_per_token: 0,
         context: None,
     };
     let mut model = Model::new(description, parts(&loader, generation, &sizes)?);
@@ -70,9 +71,31 @@ pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Err
     Ok(model)
 }
 
+/// Holds that a checkpoint is a whole model and nothing else, as [`load`] would, layer by layer: it takes the memory of one.
+///
+/// # Errors
+/// Names the tensor that is missing, misshapen, not finite or not expected.
+pub fn check(checkpoint: &Checkpoint) -> Result<(), Error> {
+    let generation = generation(checkpoint)?;
+    let sizes = Sizes::of(checkpoint, generation.embedding)?;
+    let loader = Loader::new(checkpoint, generation.name, &|_, _| {});
+    loader.table(generation.embedding, (sizes.vocabulary, sizes.width), |_| ())?;
+    input_norm(&loader, generation, &sizes)?;
+    (0..sizes.layers).try_for_each(|layer| block(&loader, generation, &sizes, layer).map(drop))?;
+    (generation.head)(&loader, &sizes)?;
+    loader.finish().map(drop)
+}
+
 /// The generation of a checkpoint, by its tensors.
 pub fn generation(checkpoint: &Checkpoint) -> Result<&'static Generation, Error> {
     GENERATIONS.iter().find(|g| (g.detect)(checkpoint)).ok_or_else(|| {
+        let mut names = checkpoint.tensors().keys();
+        if names.clone().all(|name| name.ends_with(".time_state")) {
+            return Error::Unknown("it is a state-tuned file: name the model, and this with --state".into());
+        }
+        if names.any(|name| name.ends_with(".lora_A")) {
+            return Error::Unknown("it is a LoRA adapter: name its base, and this with --lora".into());
+        }
         let known: Vec<_> = GENERATIONS.iter().map(|g| g.name).collect();
         Error::Unknown(format!("its tensor names are of no known generation ({})", known.join(", ")))
     })
@@ -106,18 +129,23 @@ fn state_tuned(file: &Checkpoint, generation: &Generation, model: &Model) -> Res
 
 /// Reads the skeleton's tensors, and through `generation` the mixers and the head.
 fn parts(loader: &Loader, generation: &Generation, sizes: &Sizes) -> Result<Parts, Error> {
-    let block = |layer| {
-        let (mixer1, mixer2) = (generation.mixers)(loader, layer, sizes)?;
-        let norm = |name: &str| LayerNorm::load(loader, &format!("blocks.{layer}.{name}"), sizes.width);
-        Ok(Block { ln1: norm("ln1")?, mixer1, ln2: norm("ln2")?, mixer2 })
-    };
     Ok(Parts {
         embedding: loader.table(generation.embedding, (sizes.vocabulary, sizes.width), Weight::into_owned)?,
-        ln0: generation.ln0.then(|| LayerNorm::load(loader, "blocks.0.ln0", sizes.width)).transpose()?,
+        ln0: input_norm(loader, generation, sizes)?,
         residual: generation.residual,
-        blocks: (0..sizes.layers).map(block).collect::<Result<_, Error>>()?,
+        blocks: (0..sizes.layers).map(|layer| block(loader, generation, sizes, layer)).collect::<Result<_, _>>()?,
         head: (generation.head)(loader, sizes)?,
     })
+}
+
+fn block(loader: &Loader, generation: &Generation, sizes: &Sizes, layer: usize) -> Result<Block, Error> {
+    let (mixer1, mixer2) = (generation.mixers)(loader, layer, sizes)?;
+    let norm = |name: &str| LayerNorm::load(loader, &format!("blocks.{layer}.{name}"), sizes.width);
+    Ok(Block { ln1: norm("ln1")?, mixer1, ln2: norm("ln2")?, mixer2 })
+}
+
+fn input_norm(loader: &Loader, generation: &Generation, sizes: &Sizes) -> Result<Option<LayerNorm>, Error> {
+    generation.ln0.then(|| LayerNorm::load(loader, "blocks.0.ln0", sizes.width)).transpose()
 }
 
 /// Reads a state-tuned initial state, if there is one: of every layer or of none.

@@ -44,6 +44,8 @@ pub struct ModelCard {
     pub weight_bytes: u64,
     /// Bytes of the recurrent state of one sequence.
     pub state_bytes: u64,
+    /// Bytes by which it grows with every token, as far as it does.
+    pub state_bytes_per_token: u64,
     /// Tokens a sequence can have, where the model has such a limit.
     pub context: Option<usize>,
     pub fingerprint: String,

@@ -55,7 +55,21 @@ pub fn from_vocabulary(text: &[u8]) -> Result<Arc<dyn Tokenizer>, Error> {
 
 /// The vocabulary that a GGUF file holds: for each id the inside of a Python bytes literal, empty where it has no text.
 pub fn from_literals(literals: &[Vec<u8>]) -> Result<Arc<dyn Tokenizer>, Error> {
-    Ok(Arc::new(World::from_literals(literals)?))
+    let read = World::from_literals(literals)?;
+    // In plain bytes id 0 is a byte, and ends nothing.
+    let plain = read.vocab_size() == 256 && (0..=u8::MAX).all(|byte| read.token_bytes(byte.into()) == [byte]);
+    Ok(if plain { bytes() } else { Arc::new(read) })
+}
+
+/// Whether these are World's tokens, perhaps with ids behind them that have no text.
+pub fn is_world(text: &dyn Tokenizer) -> bool {
+    /// A head has no more ids behind them; others need not unpack World to be told apart.
+    const MOST: usize = 1 << 16;
+    let all = text.vocab_size();
+    text.is_greedy() && (65_530..=MOST).contains(&all) && {
+        let world = World::embedded();
+        (0..all as u32).all(|id| text.token_bytes(id) == world.token_bytes(id))
+    }
 }
 
 /// The inside of a Python bytes literal of these bytes, as [`from_literals`] reads it.

@@ -210,6 +210,20 @@ mod tests {
         assert!(World::read(b"\xff").is_err());
     }
 
+    #[test]
+    fn world_is_told_by_its_tokens() {
+        let world = World::embedded();
+        let mut literals: Vec<_> =
+            (0..world.vocab_size() as u32).map(|id| crate::text::to_literal(world.token_bytes(id))).collect();
+        literals.resize(1 << 16, Vec::new());
+        let is_world = |literals: &[Vec<u8>]| crate::text::is_world(&World::from_literals(literals).expect("sound"));
+        assert!(crate::text::is_world(&*world) && is_world(&literals));
+        literals[65_535] = b"one more that nobody has".to_vec();
+        assert!(!is_world(&literals));
+        literals.truncate(300);
+        assert!(!is_world(&literals));
+    }
+
     /// Greedy longest match, the slow way.
     fn greedy(world: &World, mut bytes: &[u8]) -> Vec<u32> {
         let by_bytes: std::collections::HashMap<&[u8], u32> =

@@ -161,6 +161,12 @@ fn what_cannot_be_judged_is_told_by_line() {
         let error = run!("eval", v1, "--text", at(file)).error();
         assert!(error.contains(said) && error.contains(&at(file).display().to_string()), "{error}");
     }
+    // A device would never end; this one is harmless.
+    #[cfg(unix)]
+    for what in ["--text", "--lambada"] {
+        let error = run!("eval", v1, what, "/dev/null").error();
+        assert!(error.contains("cannot read /dev/null: it is no regular file"), "{error}");
+    }
     let error = run!("eval", data("v7_bf16"), "--text", at("one")).error();
     assert!(error.contains("the tokenizer: none is known for a vocabulary of 320 ids"), "{error}");
 }

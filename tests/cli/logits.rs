@@ -136,6 +136,8 @@ fn what_cannot_be_read_or_written_leaves_nothing() {
         (&v7, &at("large"), at("out"), vec!["large", "4294967296"]),
         (&v7, &at("other"), at("out"), vec!["other", "no list of token ids"]),
         (&v1, &ids(129), at("out"), vec!["129 tokens", "at most 128"]),
+        #[cfg(unix)]
+        (&v7, "/dev/null", at("out"), vec!["/dev/null", "no regular file"]),
         (&v7, "1", at("nowhere/out"), vec!["nowhere/out", "there is no folder"]),
         (&v7, "1", folder.path().display().to_string(), vec!["cannot write", "directory"]),
     ] {
@@ -148,6 +150,54 @@ fn what_cannot_be_read_or_written_leaves_nothing() {
     assert_eq!(super::listing(folder.path()), before);
     run!("logits", v1, "--tokens", ids(128), "--out", at("out")).ok();
     assert_eq!(read(&folder.path().join("out"))[0].1, [128, 256], "the whole context");
+}
+
+#[test]
+fn what_is_read_is_not_written_and_a_device_stays_one() {
+    let (folder, case) = (folder(), case("v7_state_bf16"));
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    for name in ["model.safetensors", "state.safetensors", "case.json"] {
+        std::fs::copy(case.folder.join(name), at(name)).expect("a copy");
+    }
+    std::fs::copy(data("v7_lora_bf16/lora.safetensors"), at("lora.safetensors")).expect("a copy");
+    std::fs::write(at("vocabulary.txt"), "").expect("a file");
+    let names = super::listing(folder.path());
+    let kept = || names.iter().map(|name| std::fs::read(at(name)).expect("a file")).collect::<Vec<_>>();
+    let before = kept();
+    let base = ["logits", &at("model.safetensors"), "--tokens", &at("case.json"), "--state", &at("state.safetensors")];
+    for out in ["model.safetensors", "state.safetensors", "case.json", "../model.safetensors", "vocabulary.txt"] {
+        let out = out.replace("..", &format!("../{}", folder.path().file_name().expect("a name").to_string_lossy()));
+        let more = ["--tokenizer", &at("vocabulary.txt"), "--out", &at(&out)];
+        let error = rewake(base.iter().chain(&more)).error();
+        assert!(error.contains("is what is read; write to another name"), "{out}: {error}");
+    }
+    let lora = ["logits", &shown(&data("v7_lora_bf16")), "--lora", &at("lora.safetensors"), "--lora-alpha", "16"];
+    let error = rewake(lora.iter().chain(&["--tokens", "1", "--out", &at("lora.safetensors")])).error();
+    assert!(error.contains("is what is read"), "{error}");
+    assert!(kept() == before && super::listing(folder.path()) == names);
+
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::{FileTypeExt, symlink};
+        // A link leads to what is written, and stays.
+        std::fs::write(at("old"), "old").expect("a file");
+        symlink(at("old"), at("link")).expect("a link");
+        rewake(base.iter().chain(&["--out", &at("link")])).ok();
+        assert!(std::fs::symlink_metadata(at("link")).expect("a link").is_symlink());
+        assert_eq!(read(&folder.path().join("old"))[0].1[0], case.tokens.len());
+        symlink(at("nothing"), at("dangling")).expect("a link");
+        // A pipe of our own: a device would be the machine's.
+        assert!(std::process::Command::new("mkfifo").arg(at("pipe")).status().expect("mkfifo").success());
+        for out in ["pipe", "dangling"] {
+            let error = rewake(base.iter().chain(&["--out", &at(out)])).error();
+            assert!(error.contains(&format!("cannot write {}: ", at(out))), "{error}");
+        }
+        assert!(std::fs::metadata(at("pipe")).expect("a pipe").file_type().is_fifo());
+    }
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
 }
 
 #[test]

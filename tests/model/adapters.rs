@@ -51,16 +51,21 @@ fn an_alpha_is_never_guessed() {
         let (_folder, lora) = beside(config);
         Lora::open(&lora, alpha).map(|_| ()).expect_err("there is no alpha to be had")
     };
-    for config in [None, Some("{}"), Some(r#"{"r": 8}"#), Some(r#"{"r": 8, "lora_alpha": null}"#)] {
-        let error = refused(config, None);
-        assert!(matches!(error, Error::LoraAlpha), "{config:?}: {error}");
+    let error = refused(None, None);
+    assert!(matches!(error, Error::LoraAlpha), "{error}");
+    assert!(error.to_string().contains("--lora-alpha"), "it says what to do: {error}");
+    for config in ["{}", r#"{"r": 8}"#, r#"{"r": 8, "lora_alpha": null}"#, r#"{"lora_alpha": 1e300}"#] {
+        let error = refused(Some(config), None);
+        assert!(matches!(error, Error::LoraConfig { .. }), "{config}: {error}");
         assert!(error.to_string().contains("--lora-alpha"), "it says what to do: {error}");
     }
-    assert!(matches!(refused(Some(r#"{"lora_alpha": 16}"#), Some(f32::NAN)), Error::LoraAlpha), "a given one wins");
+    let error = refused(Some(r#"{"lora_alpha": 16}"#), Some(f32::NAN)).to_string();
+    assert!(error.contains("an alpha of NaN"), "a given one wins: {error}");
     for (config, names) in [
         (json!({"r": 16, "lora_alpha": 16}), "`r` is 16"),
         (json!({"r": 8, "lora_alpha": 16, "use_rslora": true}), "use_rslora"),
         (json!({"r": 8, "lora_alpha": 16, "alpha_pattern": {"blocks.0": 8}}), "alpha_pattern"),
+        (json!({"r": 8, "lora_alpha": 16, "use_dora": true}), "use_dora"),
         (json!({"r": -1, "lora_alpha": 16}), "invalid value"),
         (json!({"r": 8, "lora_alpha": "16"}), "invalid type"),
         (json!([]), "invalid"),
@@ -71,6 +76,45 @@ fn an_alpha_is_never_guessed() {
         assert!(matches!(error, Error::LoraConfig { .. }), "{config}: {message}");
         assert!(message.contains(names) && message.contains("adapter_config.json"), "{config}: {message}");
     }
+}
+
+/// The case's adapter as PEFT would have written it, in a folder with its configuration.
+fn peft(config: &Value, prefix: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    let lora = case("v7_lora_bf16").folder.join("lora.safetensors");
+    let tensors = candle_core::safetensors::load(lora, &candle_core::Device::Cpu).expect("tensors");
+    let renamed = tensors.into_iter().map(|(name, tensor)| {
+        let factor = [".lora_A", ".lora_B"].iter().any(|factor| name.ends_with(factor));
+        (format!("{prefix}{name}{}", if factor { ".weight" } else { "" }), tensor)
+    });
+    let renamed: std::collections::HashMap<_, _> = renamed.collect();
+    candle_core::safetensors::save(&renamed, folder.path().join("adapter_model.safetensors")).expect("a file");
+    std::fs::write(folder.path().join("adapter_config.json"), config.to_string()).expect("a file");
+    folder
+}
+
+#[test]
+fn an_adapter_of_peft_is_the_same_from_its_file_and_from_its_folder() {
+    let config = json!({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "use_dora": false, "rank_pattern": {}});
+    let folder = peft(&config, "base_model.model.");
+    let (_alone, alone) = beside(None);
+    let expected = fingerprint(Lora::open(&alone, Some(16.0)).expect("an adapter"));
+    for path in [folder.path().to_owned(), folder.path().join("adapter_model.safetensors")] {
+        assert_eq!(fingerprint(Lora::open(&path, None).expect("an adapter")), expected, "{}", path.display());
+        let model = config::Model { lora: Some(path), ..config::Model::default() };
+        app::check(&config::Config { model: vec![model], ..config::Config::default() }).expect("serve takes it too");
+    }
+    // Ranks of single layers are what the tensors have.
+    let config = json!({"r": 4, "lora_alpha": 16, "rank_pattern": {"key": 8}});
+    let folder = peft(&config, "base_model.model.");
+    assert_eq!(fingerprint(Lora::open(folder.path(), None).expect("an adapter")), expected);
+}
+
+#[test]
+fn another_model_is_no_adapter() {
+    let model = case("v7_lora_bf16").folder.join("model.safetensors");
+    let error = Lora::open(&model, Some(16.0)).map(|_| ()).expect_err("it would replace everything");
+    assert!(matches!(error, Error::Lora(_)) && error.to_string().contains("lora_A"), "{error}");
 }
 
 #[test]

@@ -19,6 +19,7 @@ pub fn card() -> ModelCard {
         parameters: 1,
         weight_bytes: 1,
         state_bytes: 1,
+        state_bytes_per_token: 0,
         context: None,
         fingerprint: "f".into(),
         tokenizer: "t".into(),

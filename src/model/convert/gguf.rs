@@ -1,6 +1,6 @@
 //! GGUF as llama.cpp's own converter writes it: architectures `rwkv6` and `rwkv7`.
 
-use super::{Conversion, Error, Kind, Op, Out, Target, is_large_matrix};
+use super::{Conversion, Error, Kind, Op, Out, Target, is_large_matrix, registry};
 use crate::model::weights::gguf::{Array, Value, header};
 use crate::model::weights::names::llama::{self, Architecture, Form};
 
@@ -51,6 +51,8 @@ impl<'a> Plan<'a> {
         if let Some(name) = tensors.keys().find(|name| name.ends_with(".time_state")) {
             return Err(Error::Convert(format!("GGUF has no place for the initial state in `{name}`")));
         }
+        // A tensor that is left out would make another model of it, and one of another shape a file that nothing loads.
+        registry::check(conversion.checkpoint)?;
         let layers = (0..).take_while(|n| tensors.contains_key(&format!("blocks.{n}.ln1.weight"))).count();
         Ok(Self { conversion, architecture, layers })
     }

@@ -30,7 +30,8 @@ impl Format {
     pub fn of(path: &std::path::Path) -> Option<Self> {
         match path.extension()?.to_str()? {
             "pth" | "pt" => Some(Self::Pth),
-            "safetensors" | "st" => Some(Self::Safetensors),
+            // Not `st`: web-rwkv's files of that ending have another layout, and would be read back as such.
+            "safetensors" => Some(Self::Safetensors),
             "gguf" => Some(Self::Gguf),
             _ => None,
         }
@@ -89,6 +90,15 @@ impl Conversion<'_> {
             Format::Safetensors => safetensors::write(self, out),
             Format::Gguf => gguf::write(self, out),
         }
+    }
+
+    /// How many large matrices cannot have the wanted type in a GGUF file, because their rows are no whole blocks of it.
+    pub fn unfit(&self) -> usize {
+        let Some(kind) = self.kind else { return 0 };
+        let unfit = |(name, info): &(&String, &TensorInfo)| {
+            is_large_matrix(name, &info.shape) && kind.tensor_bytes(&info.shape).is_none()
+        };
+        self.checkpoint.tensors().iter().filter(unfit).count()
     }
 
     /// Every tensor under its original name.

@@ -16,13 +16,15 @@ pub struct Loader<'a> {
     allowed: RefCell<BTreeSet<String>>,
     /// Bytes of what was taken.
     bytes: Cell<usize>,
+    /// The same as they are served.
+    served: Cell<usize>,
     progress: &'a dyn Fn(usize, usize),
 }
 
 impl<'a> Loader<'a> {
     pub fn new(checkpoint: &'a Checkpoint, generation: &'static str, progress: &'a dyn Fn(usize, usize)) -> Self {
-        let (taken, allowed, bytes) = Default::default();
-        Self { checkpoint, generation, taken, allowed, bytes, progress }
+        let (taken, allowed, bytes, served) = Default::default();
+        Self { checkpoint, generation, taken, allowed, bytes, served, progress }
     }
 
     pub fn has(&self, name: &str) -> bool {
@@ -59,6 +61,7 @@ impl<'a> Loader<'a> {
             weight.check_finite(name)?;
             taken.insert(name.to_owned(), weight.digest());
             self.bytes.set(self.bytes.get() + weight.bytes().len());
+            self.served_as(0, weight.bytes().len());
             (self.progress)(self.bytes.get(), self.checkpoint.bytes());
         }
         Ok(weight)
@@ -66,7 +69,12 @@ impl<'a> Loader<'a> {
 
     /// A small tensor of the given shape as f32 values, row-major.
     pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
-        let values = self.weight(name, shape)?.to_f32();
+        let first = !self.taken.borrow().contains_key(name);
+        let weight = self.weight(name, shape)?;
+        let values = weight.to_f32();
+        if first {
+            self.served_as(weight.bytes().len(), 4 * values.len());
+        }
         self.checkpoint.release(name);
         Ok(values)
     }
@@ -83,14 +91,24 @@ impl<'a> Loader<'a> {
         Ok(made)
     }
 
+    /// Lets go of the memory behind a tensor that was taken.
+    pub fn release(&self, name: &str) {
+        self.checkpoint.release(name);
+    }
+
+    /// Says that a tensor of `stored` bytes is served in so many.
+    pub fn served_as(&self, stored: usize, served: usize) {
+        self.served.set((self.served.get() + served).saturating_sub(stored));
+    }
+
     /// Names a tensor that may be in the file though this model has no use for it.
     pub fn allow(&self, name: &str) {
         self.allowed.borrow_mut().insert(name.to_owned());
     }
 
-    /// Bytes of all tensors that were taken so far.
+    /// Bytes of all tensors that were taken so far, in the types they are served in.
     pub fn bytes(&self) -> u64 {
-        self.bytes.get() as u64
+        self.served.get() as u64
     }
 
     /// Refuses a file with tensors nobody took: computing without them would be another model. Gives the fingerprint:

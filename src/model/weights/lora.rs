@@ -1,7 +1,7 @@
 //! LoRA adapters, merged while tensors are read: `W += (lora_B @ lora_A) · (alpha / rank)` in f32.
 //!
 //! Names are `<linear>.lora_A` `[r, in]` and `<linear>.lora_B` `[out, r]`; any other tensor of the file replaces the base
-//! tensor of its name (RWKV-PEFT's convention).
+//! tensor of its name (RWKV-PEFT's convention). Hugging Face's PEFT has other names for the same ([`super::names::peft`]).
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -10,7 +10,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
-use super::{Checkpoint, TensorInfo, file};
+use super::{Checkpoint, File, TensorInfo, file};
 use crate::model::Error;
 use crate::model::kernels::Weight;
 use crate::types::readable;
@@ -30,11 +30,15 @@ struct AdapterConfig {
     use_rslora: Option<bool>,
     /// Alphas of single layers.
     alpha_pattern: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Ranks of single layers.
+    rank_pattern: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Scales the rows of the sum.
+    use_dora: Option<bool>,
 }
 
-/// The alpha in the [`CONFIG`] beside an adapter file; `None` without one, or when it names none.
+/// The alpha in the [`CONFIG`] beside an adapter file; `None` without one.
 fn alpha_beside(path: &Path, tensors: &Checkpoint) -> Result<Option<f32>, Error> {
-    let path = path.with_file_name(CONFIG);
+    let path = if path.is_dir() { path.join(CONFIG) } else { path.with_file_name(CONFIG) };
     let shown = path.display().to_string();
     let wrong = |why: String| Err(Error::LoraConfig { path: shown.clone(), why: readable(&why) });
     match std::fs::metadata(&path) {
@@ -56,14 +60,22 @@ fn alpha_beside(path: &Path, tensors: &Checkpoint) -> Result<Option<f32>, Error>
     if config.alpha_pattern.is_some_and(|layers| !layers.is_empty()) {
         return wrong("it has an alpha for each layer (`alpha_pattern`), and one for all is supported".into());
     }
-    let ranks = tensors.tensors().iter().filter(|(name, _)| name.ends_with(".lora_A"));
+    if config.use_dora == Some(true) {
+        return wrong("it normalises what is merged (`use_dora`), which is not computed here".into());
+    }
+    // With a rank for each layer, `r` is that of the others; what is scaled goes by the tensors' own.
+    let one_rank = config.rank_pattern.is_none_or(|layers| layers.is_empty());
+    let ranks = tensors.tensors().iter().filter(|(name, _)| one_rank && name.ends_with(".lora_A"));
     for (name, info) in ranks {
         let (Some(r), Some(&rank)) = (config.r, info.shape.first()) else { continue };
         if r != rank {
             return wrong(format!("its `r` is {r}, but `{name}` has rank {rank}: it belongs to another adapter"));
         }
     }
-    Ok(config.lora_alpha)
+    match config.lora_alpha {
+        Some(alpha) if alpha.is_finite() => Ok(Some(alpha)),
+        _ => wrong("it names no finite `lora_alpha`".into()),
+    }
 }
 
 /// An adapter and the scale its author trained it with.
@@ -73,17 +85,26 @@ pub struct Lora {
 }
 
 impl Lora {
-    /// Opens an adapter file. `alpha` is in no such file: it is given, or stands in a [`CONFIG`] beside the file.
+    /// Opens an adapter: a file, or a folder with one as PEFT writes it. `alpha` is in no such file: it is given, or stands in a [`CONFIG`] beside the file.
     ///
     /// # Errors
-    /// [`Error::LoraAlpha`] when it is nowhere, [`Error::LoraConfig`] when what stands beside the file does not fit it.
+    /// [`Error::Lora`] for what is none; [`Error::LoraAlpha`] when alpha is nowhere, [`Error::LoraConfig`] when what stands beside the file does not fit it.
     pub fn open(path: &Path, alpha: Option<f32>) -> Result<Self, Error> {
         let tensors = Checkpoint::open(path)?;
+        // A whole model would replace every tensor of the base.
+        if !tensors.tensors().keys().any(|name| name.ends_with(".lora_A")) {
+            return Err(Error::Lora(format!("{} holds no lora_A and lora_B", path.display())));
+        }
         let alpha = match alpha {
-            Some(alpha) => Some(alpha),
-            None => alpha_beside(path, &tensors)?,
+            Some(alpha) if alpha.is_finite() => alpha,
+            Some(alpha) => return Err(Error::Lora(format!("an alpha of {alpha} is no scale"))),
+            None => alpha_beside(path, &tensors)?.ok_or(Error::LoraAlpha)?,
         };
-        Ok(Self { tensors, alpha: alpha.filter(|a| a.is_finite()).ok_or(Error::LoraAlpha)? })
+        Ok(Self { tensors, alpha })
+    }
+
+    pub(super) fn files(&self) -> &[File] {
+        &self.tensors.files
     }
 
     /// Every tensor of the adapter must have its place in the base, with fitting shapes.
@@ -92,7 +113,7 @@ impl Lora {
             let linear = name.strip_suffix(".lora_A").or_else(|| name.strip_suffix(".lora_B"));
             let target = linear.map_or(name.clone(), |l| format!("{l}.weight"));
             let Some(base) = base.get(&target) else {
-                return Err(Error::Unknown(format!("the LoRA tensor `{name}` has no `{target}` to be merged into")));
+                return Err(Error::Lora(format!("`{name}` has no `{target}` to be merged into")));
             };
             let Some(linear) = linear else {
                 if info.shape != base.shape {

@@ -105,9 +105,10 @@ impl Checkpoint {
         Some((info.shape.iter().product::<usize>() as u64, info.kind.tensor_bytes(&info.shape)? as u64))
     }
 
-    /// The files it is in.
+    /// The files it is in, and those of its LoRA adapter.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
-        self.files.iter().map(|file| file.path.as_path())
+        let adapter = self.lora.iter().flat_map(|lora| lora.files());
+        self.files.iter().chain(adapter).map(|file| file.path.as_path())
     }
 
     /// The container it came in.
@@ -119,15 +120,15 @@ impl Checkpoint {
     /// no text.
     ///
     /// # Errors
-    /// [`Error::Unknown`] for a vocabulary of another kind than RWKV's.
+    /// [`Error::Vocabulary`] for a vocabulary of another kind than RWKV's.
     pub fn vocabulary(&self) -> Result<Option<Vec<Vec<u8>>>, Error> {
         let Some(gguf) = &self.gguf else { return Ok(None) };
         match gguf.str("tokenizer.ggml.model") {
-            Some("rwkv") => gguf::vocabulary(gguf).map(Some).map_err(Error::Unknown),
+            Some("rwkv") => gguf::vocabulary(gguf).map(Some).map_err(Error::Vocabulary),
             None | Some("none") => Ok(None),
             Some(other) => {
                 let other = readable(other);
-                Err(Error::Unknown(format!("its vocabulary is of the kind `{other}`; give a tokenizer that fits")))
+                Err(Error::Vocabulary(format!("it is of the kind `{other}`; give a tokenizer that fits")))
             }
         }
     }

@@ -5,6 +5,7 @@
 //! done to get those.
 
 pub mod llama;
+pub mod peft;
 pub mod rwkv_cpp;
 pub mod transformers;
 pub mod web_rwkv;
@@ -183,6 +184,9 @@ pub fn reading(places: &[&Place], said: Said) -> Result<Box<Reading<'static>>, S
     }
     if let Some(kind) = web_rwkv::Kind::of(places, matches!(said, Said::WebRwkv)) {
         return Ok(Box::new(move |place| kind.read(place)));
+    }
+    if peft::is_peft(places) {
+        return Ok(Box::new(peft::read));
     }
     if transformers::is_rwkv(places) {
         return Ok(Box::new(transformers::read_rwkv));
