@@ -21,7 +21,7 @@ const CONFIG: &str = "adapter_config.json";
 /// No configuration is larger.
 const LARGEST: u64 = 1 << 20;
 
-/// The part of a [`CONFIG`] that says how the adapter is scaled.
+/// The part of an `adapter_config.json` that says how the adapter is scaled.
 #[derive(Deserialize)]
 struct AdapterConfig {
     r: Option<usize>,
@@ -36,7 +36,7 @@ struct AdapterConfig {
     use_dora: Option<bool>,
 }
 
-/// The alpha in the [`CONFIG`] beside an adapter file; `None` without one.
+/// The alpha in the `adapter_config.json` beside an adapter file; `None` without one.
 fn alpha_beside(path: &Path, tensors: &Checkpoint) -> Result<Option<f32>, Error> {
     let path = if path.is_dir() { path.join(CONFIG) } else { path.with_file_name(CONFIG) };
     let shown = path.display().to_string();
@@ -85,10 +85,12 @@ pub struct Lora {
 }
 
 impl Lora {
-    /// Opens an adapter: a file, or a folder with one as PEFT writes it. `alpha` is in no such file: it is given, or stands in a [`CONFIG`] beside the file.
+    /// Opens an adapter: a file, or a folder with one as PEFT writes it. `alpha` is in no such file: it is given, or stands
+    /// in an `adapter_config.json` beside the file.
     ///
     /// # Errors
-    /// [`Error::Lora`] for what is none; [`Error::LoraAlpha`] when alpha is nowhere, [`Error::LoraConfig`] when what stands beside the file does not fit it.
+    /// [`Error::Lora`] for what is none; [`Error::LoraAlpha`] when alpha is nowhere, [`Error::LoraConfig`] when what stands
+    /// beside the file does not fit it.
     pub fn open(path: &Path, alpha: Option<f32>) -> Result<Self, Error> {
         let tensors = Checkpoint::open(path)?;
         // A whole model would replace every tensor of the base.
