@@ -42,7 +42,7 @@ pub struct Args {
 }
 
 fn kind(name: &str) -> Result<Kind, String> {
-    Kind::parse(name).ok_or_else(|| format!("there are {}", Kind::ALL.map(Kind::name).join(", ")))
+    Kind::parse(name).ok_or_else(|| format!("there are {}", Kind::names()))
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {

@@ -2,7 +2,8 @@
 //!
 //! Each kernel is written once over [`Arith`] and compiled twice: with AVX2, FMA and F16C, chosen at run time where the
 //! processor has them, and for the target's baseline. Within one of the two, no result depends on how many rows, rows of
-//! which sequences, or how many threads a call is for.
+//! which sequences, or how many threads a call is for. The matrix kernels also use the registers of AVX-512, where each sum is
+//! the same chain of fused multiply-adds, so that not a bit is different.
 
 mod blocks;
 mod burn;
