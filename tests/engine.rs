@@ -38,6 +38,7 @@ fn job(prompt: &str) -> Job {
         trim: Trim::default(),
         max_tokens: 40,
         keep: false,
+        checkpoints: None,
     }
 }
 

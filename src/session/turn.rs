@@ -1,5 +1,7 @@
 //! What goes into a turn and what comes out of it: the language between the wire and the use-cases.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -68,10 +70,32 @@ pub struct Running {
     pub seed: u64,
     /// Over all prompts.
     pub prompt_tokens: u64,
-    pub cached_tokens: u64,
+    /// How many of them were not computed again.
+    pub cached_tokens: Cached,
     /// Prompts × choices; choice `prompt * n + j`.
     pub choices: usize,
     pub(super) events: mpsc::Receiver<Event>,
+}
+
+/// A number of tokens that were not computed again. It is complete before the turn's first event: a turn may wait for what
+/// another one is reading.
+#[derive(Clone, Debug, Default)]
+pub struct Cached(Arc<AtomicU64>);
+
+impl Cached {
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    pub(super) fn add(&self, tokens: u64) {
+        self.0.fetch_add(tokens, Ordering::AcqRel);
+    }
+}
+
+impl From<u64> for Cached {
+    fn from(tokens: u64) -> Self {
+        Self(Arc::new(tokens.into()))
+    }
 }
 
 impl Running {

@@ -62,6 +62,7 @@ fn job(ids: Vec<u32>, max_tokens: u64) -> Job {
         trim: Trim::default(),
         max_tokens,
         keep: false,
+        checkpoints: None,
     }
 }
 
