@@ -90,7 +90,8 @@ async fn a_transcript_is_read_from_where_the_last_one_ended() {
 async fn the_end_of_an_answer_is_known() {
     let ((_server, client), stranger) = (server("ends"), stranger());
     let prompt = ids(1, 40);
-    let body = |prompt: &[u32]| json!({"prompt": prompt, "max_tokens": 30, "temperature": 0, "logit_bias": {"0": -100}});
+    let body =
+        |prompt: &[u32]| json!({"prompt": prompt, "max_tokens": 30, "temperature": 0, "logit_bias": {"0": -100}});
     let answer = client.ok(COMPLETIONS, with(body(&prompt), json!({"session_id": "ends"}))).await;
     let turns = client.get("/v1/sessions/ends/turns?token_ids=true").await.json();
     let told: Vec<u32> = serde_json::from_value(turns["data"][0]["token_ids"].clone()).expect("ids");
@@ -163,13 +164,10 @@ async fn who_leads_may_leave() {
     };
     // One of those who follow leaves as well.
     let follower = async { client.stream(COMPLETIONS, ask(&prompt)).await };
-    let (followed, others, ()) = tokio::join!(
-        follower,
-        join_all((0..3).map(|_| client.ok(COMPLETIONS, ask(&prompt)))),
-        async {
+    let (followed, others, ()) =
+        tokio::join!(follower, join_all((0..3).map(|_| client.ok(COMPLETIONS, ask(&prompt)))), async {
             leave.await;
-        }
-    );
+        });
     drop(followed);
     let expected = stranger.ok(COMPLETIONS, ask(&prompt)).await;
     for reply in &others {
