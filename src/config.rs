@@ -231,6 +231,7 @@ impl Config {
             ("requests.body_bytes", self.requests.body_bytes, 1 << 40),
             ("requests.choices", self.requests.choices, 1 << 15),
             ("requests.prompts", self.requests.prompts, 1 << 15),
+            ("prefix_cache.spacing", self.prefix_cache.spacing, 1 << 20),
             ("turns.prompt_tokens", self.turns.prompt_tokens, usize::MAX),
             ("turns.max_tokens", self.turns.max_tokens as usize, usize::MAX),
             ("turns.default_max_tokens", self.turns.default_max_tokens as usize, usize::MAX),

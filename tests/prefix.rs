@@ -191,7 +191,10 @@ struct World {
 
 impl World {
     fn new(bytes: u64) -> Self {
-        let sides = [side(&PrefixLimits { enabled: true, bytes }), side(&PrefixLimits { enabled: false, bytes })];
+        let sides = [
+            side(&PrefixLimits { enabled: true, bytes, ..PrefixLimits::default() }),
+            side(&PrefixLimits { enabled: false, ..PrefixLimits::default() }),
+        ];
         Self { sides, states: Vec::new(), heads: [None, None] }
     }
 

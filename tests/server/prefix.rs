@@ -218,7 +218,8 @@ async fn a_beginning_is_known_by_what_it_began_from() {
 async fn it_can_be_turned_off_and_small() {
     let prompt = ids(1, 400);
     let expected = essence(&stranger().ok(COMPLETIONS, ask(&prompt)).await);
-    let small = |bytes| Config { prefix_cache: PrefixLimits { enabled: true, bytes }, ..config() };
+    let small =
+        |bytes| Config { prefix_cache: PrefixLimits { enabled: true, bytes, ..PrefixLimits::default() }, ..config() };
     for (config, least) in [(forgetful(config()), 0), (small(0), 0), (small(1000), 0), (small(4 << 20), 100)] {
         let client = Server::with(&config, Arc::new(InMemory::default())).client();
         for round in 0..2 {

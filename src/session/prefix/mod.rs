@@ -43,16 +43,21 @@ pub struct PrefixLimits {
     pub enabled: bool,
     /// Of all states that are kept, over all models and tenants.
     pub bytes: u64,
+    /// Tokens between states that are kept of a long prompt, where they are closest.
+    pub spacing: usize,
 }
 
 impl Default for PrefixLimits {
     fn default() -> Self {
-        Self { enabled: true, bytes: 1 << 30 }
+        Self { enabled: true, bytes: 1 << 30, spacing: 48 }
     }
 }
 
 /// What was read by turns of all models and tenants.
-pub(super) struct PrefixCache(Mutex<Inside>);
+pub(super) struct PrefixCache {
+    spacing: usize,
+    inside: Mutex<Inside>,
+}
 
 struct Inside {
     shelf: Shelf,
@@ -98,11 +103,12 @@ impl PrefixCache {
     /// `None` when nothing is to be kept.
     pub fn new(limits: &PrefixLimits) -> Option<Self> {
         let inside = Inside { shelf: Shelf::new(limits.bytes), flights: Flights::default() };
-        (limits.enabled && limits.bytes > 0).then(|| Self(Mutex::new(inside)))
+        let cache = Self { spacing: limits.spacing, inside: Mutex::new(inside) };
+        (limits.enabled && limits.bytes > 0).then_some(cache)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inside> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Looks for what is known of a text, and says what is to be kept of the rest.
@@ -115,10 +121,11 @@ impl PrefixCache {
         }
         let memory = inside.shelf.take(&source.tenant, &found);
         let depth = if memory.is_some() { found.depth } else { 0 };
-        let parts = found.known.max(seen.known);
+        // A text that is known to its end parts from itself before the last token, which is read anyhow.
+        let parts = found.known.max(seen.known).min(ids.len().saturating_sub(1));
         let forks: Vec<usize> = found.forks.into_iter().chain([parts]).collect();
         let text = Text { from: depth, len: ids.len(), forks: &forks, boundaries: &source.boundaries };
-        let Stops { at: stops, spacing } = stops(text, source.cost, inside.shelf.room() / 2);
+        let Stops { at: stops, spacing } = stops(text, self.spacing, source.cost, inside.shelf.room() / 2);
         let flight = (!stops.is_empty()).then(|| {
             let (tenant, root) = (source.tenant.clone(), source.root.clone());
             inside.flights.begin(Flight::new(tenant, root, ids.clone(), stops.clone()))

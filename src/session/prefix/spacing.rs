@@ -2,22 +2,16 @@
 
 use std::collections::BTreeSet;
 
-/// Tokens between two regular checkpoints at the beginning of a text, unless memory is short: two texts that share 700
-/// tokens then share a state of at least 672.
-const FINEST: usize = 48;
-
-/// How many regular checkpoints lie in front of the one where the space between them doubles.
-const OCTAVE: usize = 16;
-
-/// Texts with less than this to read have no regular checkpoints: each one parts a step in two, and here that would cost
-/// more than it may save.
+/// A long text is parted at regular places, and near its end, before anybody is known to share it. In a shorter one each
+/// part would cost more than it may save: a step reads all weights, however few its tokens.
 const LONG: usize = 192;
 
-/// Texts with less than this to read are not parted at all.
-const SHORT: usize = 64;
-
-/// Of texts with less than this to read nothing is kept: reading them again is one step.
+/// Of texts with less than this to read nothing is kept, and nothing is won by two states that are closer: reading so much
+/// again is one step.
 pub(super) const LEAST: usize = 16;
+
+/// Where the space between regular places begins to grow, it is this part of what lies before them.
+const PART: usize = 14;
 
 /// What a kept state takes.
 #[derive(Clone, Copy, Debug)]
@@ -51,21 +45,26 @@ pub(super) struct Text<'a> {
 pub(super) struct Stops {
     /// Ascending; behind `from`, up to `len`.
     pub at: Vec<usize>,
-    /// Tokens between regular ones at the text's beginning.
+    /// Tokens between the closest regular ones.
     pub spacing: usize,
 }
 
 /// Chooses where states of `text` are kept, in at most `room` bytes.
 ///
-/// At its end, unless there is next to nothing to read. In a text long enough also where it is known to part from others; at regular places, whose
-/// distance is a sixteenth of what lies before them, so that their number grows with the logarithm of the length; at ends
-/// of messages; and 16, 32, 64, … tokens before the end, where texts that are nearly the same part. When that is more than
-/// there is room for, the distances are doubled until it is not.
-pub(super) fn stops(text: Text, cost: Cost, room: u64) -> Stops {
-    let mut spacing = FINEST;
+/// At its end, unless there is next to nothing to read, and where it is known to part from others. In a long one also at
+/// regular places, `spacing` apart where that matters; at ends of messages; and 16, 64, 256, … tokens before the end, where
+/// texts that are nearly the same part. When that is more than there is room for, every second of the regular places is
+/// left out, and so on, until it is not.
+pub(super) fn stops(text: Text, spacing: usize, cost: Cost, room: u64) -> Stops {
+    let unread = text.len - text.from;
+    if unread < LEAST {
+        return Stops { at: Vec::new(), spacing };
+    }
+    let mut every = 1;
     loop {
-        let at = chosen(text, spacing);
+        let at = chosen(text, spacing, every);
         let bytes = at.iter().fold(0u64, |sum, &depth| sum.saturating_add(cost.at(depth)));
+        let spacing = spacing.saturating_mul(every);
         if bytes <= room {
             return Stops { at, spacing };
         }
@@ -73,50 +72,46 @@ pub(super) fn stops(text: Text, cost: Cost, room: u64) -> Stops {
             let end = (cost.at(text.len) <= room).then_some(text.len);
             return Stops { at: end.into_iter().collect(), spacing };
         }
-        spacing *= 2;
+        every *= 2;
     }
 }
 
-fn chosen(Text { from, len, forks, boundaries }: Text, spacing: usize) -> Vec<usize> {
-    let unread = len - from;
-    if unread < SHORT {
-        return if unread < LEAST { Vec::new() } else { vec![len] };
-    }
-    let long = unread >= LONG;
-    // A state that close behind another one saves less than it costs to stop there.
-    let apart = if long { spacing / 3 } else { SHORT / 2 };
+/// With one of `every` so many regular places, and the others as much further apart.
+fn chosen(Text { from, len, forks, boundaries }: Text, spacing: usize, every: usize) -> Vec<usize> {
+    let apart = LEAST * every;
     let mut at = BTreeSet::from([from]);
-    let add = |at: &mut BTreeSet<usize>, depth: usize, until: usize| {
-        let inside = from < depth && depth < len;
-        if inside && at.range((depth + 1).saturating_sub(apart)..=until).next().is_none() {
+    let add = |at: &mut BTreeSet<usize>, depth: usize, nobody: std::ops::RangeInclusive<usize>| {
+        if from < depth && depth < len && at.range(nobody).next().is_none() {
             at.insert(depth);
         }
     };
-    forks.iter().for_each(|&depth| add(&mut at, depth, depth));
-    if long {
+    let behind = |depth: usize| (depth + 1).saturating_sub(apart)..=depth;
+    forks.iter().for_each(|&depth| add(&mut at, depth, behind(depth)));
+    if len - from >= LONG {
         // A regular place counts even when another state is near: the next regular one is far.
-        at.extend(regular(spacing, from + apart, len.saturating_sub(apart)));
-    }
-    boundaries.iter().for_each(|&depth| add(&mut at, depth, depth));
-    let before_end = (0..if long { usize::BITS / 2 } else { 1 }).map(|n| (spacing / 3) << n);
-    for depth in before_end.take_while(|&n| n < unread).map(|n| len - n) {
-        add(&mut at, depth, depth + apart);
+        let regular = regular(spacing).skip(every - 1).step_by(every);
+        at.extend(regular.skip_while(|&depth| depth < from + apart).take_while(|depth| depth + apart < len));
+        boundaries.iter().for_each(|&depth| add(&mut at, depth, behind(depth)));
+        let before_end = std::iter::successors(Some(apart), |n| Some(4 * n)).take_while(|n| 2 * n < len - from);
+        // The first of them only when nothing else is that near to the end.
+        let until = |n: usize| if n == apart { len - 1 } else { len - n / 2 };
+        before_end.for_each(|n| add(&mut at, len - n, len - 2 * n + 1..=until(n)));
     }
     at.insert(len);
     at.remove(&from);
     at.into_iter().collect()
 }
 
-/// The regular places from `first` to before `end`: the same ones in every text.
-fn regular(spacing: usize, first: usize, end: usize) -> impl Iterator<Item = usize> {
-    let step = move |depth: usize| {
-        let octaves = (depth / (OCTAVE * spacing)).checked_ilog2().unwrap_or(0);
-        let wide = if depth < OCTAVE * spacing { spacing } else { spacing << octaves };
-        (depth / wide + 1) * wide
+/// The regular places, the same ones in every text: far apart at first, where little is lost; then `spacing`, and as soon
+/// as that is less, a fourteenth of what lies before. So wherever texts part behind that, at least 13 of 14 shared tokens
+/// lie before a regular place, and their number grows with the logarithm of the length only.
+fn regular(spacing: usize) -> impl Iterator<Item = usize> {
+    let near = PART * spacing;
+    let next = move |&depth: &usize| {
+        let wide = if depth < near / 2 { spacing.saturating_mul(8) / 3 } else { spacing.max(depth / PART) };
+        depth.checked_add(wide.max(1))
     };
-    // The first one that is not before `first`.
-    std::iter::successors(Some(step(first.saturating_sub(1))), move |&depth| Some(step(depth)))
-        .take_while(move |&depth| depth < end)
+    std::iter::successors(Some(0), next).skip(1)
 }
 
 #[cfg(test)]
@@ -133,43 +128,46 @@ mod tests {
 
     #[test]
     fn two_texts_that_share_700_of_1400_tokens_share_a_state_of_650() {
-        let Stops { at, spacing } = stops(whole(1400), SMALL, 1 << 20);
-        assert!(at.iter().any(|depth| (650..=700).contains(depth)), "{at:?}");
-        assert_eq!((spacing, at.last()), (FINEST, Some(&1400)));
+        for shared in [650, 680, 700, 710, 1000, 1390] {
+            let Stops { at, spacing } = stops(whole(1400), 48, SMALL, 1 << 20);
+            let most = at.iter().filter(|&&depth| depth <= shared).max().expect("there are some");
+            assert!(14 * most >= 13 * shared, "{most} of {shared}");
+            assert_eq!((spacing, at.last()), (48, Some(&1400)));
+            assert!(at.len() < 25, "{at:?}");
+        }
     }
 
     #[test]
-    fn short_texts_are_read_in_few_steps() {
-        assert_eq!(stops(whole(60), SMALL, 99).at, [60]);
-        let chat = Text { boundaries: &[2, 20, 23, 96, 100], ..whole(100) };
-        assert_eq!(stops(chat, SMALL, 99).at, [96, 100]);
-        assert_eq!(stops(whole(100), SMALL, 99).at, [84, 100]);
-        assert_eq!(stops(Text { from: 50, ..chat }, SMALL, 99).at, [100]);
-        assert_eq!(stops(Text { from: 90, ..chat }, SMALL, 99).at, [0; 0]);
+    fn short_texts_are_parted_only_where_others_are_known_to_part() {
+        let chat = Text { boundaries: &[2, 20, 96], ..whole(100) };
+        assert_eq!(stops(chat, 48, SMALL, 99).at, [100]);
+        assert_eq!(stops(Text { forks: &[8, 40, 50, 99], ..chat }, 48, SMALL, 99).at, [40, 99, 100]);
+        assert_eq!(stops(Text { from: 80, forks: &[99], ..chat }, 48, SMALL, 99).at, [99, 100]);
+        assert_eq!(stops(Text { from: 90, ..chat }, 48, SMALL, 99).at, [0; 0]);
     }
 
     #[test]
     fn where_texts_part_and_where_messages_end_is_kept() {
-        let text = Text { forks: &[333], boundaries: &[5, 317, 320, 345, 900, 903, 1000, 1396], ..whole(1400) };
-        let at = stops(text, SMALL, 99).at;
-        for depth in [317, 333, 900, 1000, 1396, 1400] {
+        let text = Text { forks: &[333], boundaries: &[5, 317, 320, 345, 905, 908, 1000, 1396], ..whole(1400) };
+        let at = stops(text, 48, SMALL, 99).at;
+        for depth in [317, 333, 905, 1000, 1396, 1400] {
             assert!(at.contains(&depth), "{depth} of {at:?}");
         }
-        for close in [5, 320, 345, 903, 1384] {
+        for close in [5, 320, 345, 908, 1384] {
             assert!(!at.contains(&close), "{close} of {at:?}");
         }
     }
 
     #[test]
     fn their_number_grows_with_the_logarithm_of_the_length() {
-        let count = |len| stops(whole(len), SMALL, 1 << 20).at.len();
-        assert!(count(10_000) < 100 && count(1_000_000) < 240, "{} {}", count(10_000), count(1_000_000));
+        let count = |len| stops(whole(len), 48, SMALL, 1 << 20).at.len();
+        assert!(count(10_000) < 70 && count(1_000_000) < 140, "{} {}", count(10_000), count(1_000_000));
     }
 
     proptest! {
         #[test]
         fn they_fit_and_are_never_far(
-            len in 1usize..50_000, from in 0usize..50_000, room in 0u64..400, per_token in 0u64..2,
+            len in 1usize..50_000, from in 0usize..50_000, room in 0u64..400, per_token in 0u64..2, spacing in 16usize..300,
             mut forks in prop::collection::vec(0usize..50_000, 0..4),
             mut boundaries in prop::collection::vec(0usize..50_000, 0..40),
         ) {
@@ -178,31 +176,22 @@ mod tests {
             boundaries.sort_unstable();
             let text = Text { from, len, forks: &forks, boundaries: &boundaries };
             let cost = Cost { fixed: 2, per_token };
-            let Stops { at, spacing } = stops(text, cost, room);
+            let Stops { at, spacing: chosen } = stops(text, spacing, cost, room);
             prop_assert!(at.windows(2).all(|two| two[0] < two[1]));
             prop_assert!(at.iter().all(|&depth| depth > from && depth <= len));
             prop_assert!(at.iter().map(|&depth| cost.at(depth)).sum::<u64>() <= room);
             if let Some(&end) = at.last() {
                 prop_assert_eq!(end, len);
             }
-            // Wherever another text parts from this one, a state is near: at the spacing, or a sixteenth.
-            if spacing == FINEST && len - from >= LONG {
+            // Wherever another text parts from this one, a state is near.
+            if chosen == spacing && len - from >= LONG {
                 let places: Vec<usize> = std::iter::once(from).chain(at).collect();
                 for two in places.windows(2) {
-                    let most = (two[1] / OCTAVE).max(FINEST) + FINEST / 3;
+                    let early = if two[0] < PART * spacing / 2 { 8 * spacing / 3 } else { spacing };
+                    let most = early.max(two[1] / PART) + LEAST;
                     prop_assert!(two[1] - two[0] <= most, "{:?}", two);
                 }
             }
-        }
-
-        #[test]
-        fn regular_places_are_the_same_wherever_one_begins(first in 0usize..20_000, coarser in 0u32..4) {
-            let all: Vec<usize> = regular(FINEST, 1, 40_000).collect();
-            let some: Vec<usize> = regular(FINEST, first, 40_000).collect();
-            let expected: Vec<usize> = all.iter().copied().filter(|&depth| depth >= first.max(1)).collect();
-            prop_assert_eq!(some, expected);
-            let wide: Vec<usize> = regular(FINEST << coarser, 1, 40_000).collect();
-            prop_assert!(wide.iter().all(|depth| all.contains(depth)));
         }
     }
 }
