@@ -244,9 +244,9 @@ proptest! {
         for Checkpoint { read, answer, segments } in seen {
             let ids = [&plain.ids[..read], &answer].concat();
             prop_assert_eq!(segments, state_after(&engine, ids));
-            // Somebody received it.
+            // Somebody received it; what it ends with may be the beginning of a character.
             let said = String::from_utf8_lossy(&text::bytes().decode(&answer)).trim_start().to_owned();
-            let heard = with.iter().any(|(answer, _)| answer.text.trim_start().starts_with(&said));
+            let heard = with.iter().any(|(answer, _)| answer.text.trim_start().starts_with(said.trim_end_matches('\u{fffd}')));
             prop_assert!(heard, "{:?} of {:?}", said, with);
         }
     }

@@ -143,12 +143,14 @@ impl Ask {
     }
 }
 
-/// What a turn gave: for each choice its text, end and stored state.
+/// A choice: its text, how it ended, and its stored state.
+type Told = (String, Option<(Finish, u64)>, Option<StateReceipt>);
+
 #[derive(Debug, Default)]
 struct Answer {
     prompt_tokens: u64,
     cached: u64,
-    choices: Vec<(String, Option<(Finish, u64)>, Option<StateReceipt>)>,
+    choices: Vec<Told>,
 }
 
 async fn collect(mut running: Running) -> Answer {

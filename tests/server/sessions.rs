@@ -119,8 +119,8 @@ async fn a_turn_is_told_of_truly() {
         );
         assert!(new > 0 && new < 30, "only the question is new, not {new} tokens");
         let cached = count(&usage["prompt_tokens_details"]["cached_tokens"]);
-        // What was sampled last, or held back, is read with the next turn.
-        assert!(cached <= tokens && (n == 0 || cached + 8 >= tokens), "{cached} of {tokens}");
+        // What was sampled last, or held back, is read with the next turn. Another test may have asked the first question.
+        assert!(n == 0 || (cached <= tokens && cached + 8 >= tokens), "{cached} of {tokens}");
         assert_eq!(count(&usage["total_tokens"]), count(&usage["prompt_tokens"]) + count(&usage["completion_tokens"]));
         if reply["choices"][0]["finish_reason"] == "length" {
             assert_eq!(count(&usage["completion_tokens"]), limit);
