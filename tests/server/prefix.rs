@@ -230,3 +230,44 @@ async fn it_can_be_turned_off_and_small() {
         }
     }
 }
+
+/// States of every shape, those that grow with the text among them.
+#[tokio::test]
+async fn every_generation_goes_on_from_what_was_read() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // The embedded model's first ids are single bytes, and all these models have that many.
+    let mut tokenizer: Value = serde_json::from_str(include_str!("../../assets/demo/tokenizer.json")).expect("JSON");
+    tokenizer["model"]["merges"] = json!([]);
+    let ids_of = tokenizer["model"]["vocab"].as_object_mut().expect("a vocabulary");
+    ids_of.retain(|_, id| id.as_u64().is_some_and(|id| id < 128));
+    let vocabulary = folder.path().join("tokenizer.json");
+    std::fs::write(&vocabulary, tokenizer.to_string()).expect("a file");
+    let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    for case in ["v1_fp32", "v2_fp32", "v4_bf16", "v6_bf16", "v7_bf16", "v7a_bf16", "v7b_bf16", "v8_rc00_hybrid_bf16"] {
+        let model = Model {
+            name: case.into(),
+            file: Some(data.join(case).join("model.safetensors")),
+            tokenizer: Some(vocabulary.to_string_lossy().into_owned()),
+            ..Model::default()
+        };
+        let config = Config { model: vec![model], ..config() };
+        let serve = |config: &Config| Server::with(config, Arc::new(InMemory::default()));
+        let (server, stranger) = (serve(&config), serve(&forgetful(config.clone())));
+        let (client, stranger) = (server.client(), stranger.client());
+        let text = |seed: u64, len: usize| ids(seed, len).into_iter().map(|id| 1 + id % 20).collect::<Vec<_>>();
+        let mut saved = Vec::new();
+        for n in 0..3 {
+            let prompt = [text(1, 60), vec![n + 1], text(u64::from(n) + 2, 10)].concat();
+            let kept = with(ask(&prompt), json!({"store_state": true}));
+            let (reply, expected) = (client.ok(COMPLETIONS, kept.clone()).await, stranger.ok(COMPLETIONS, kept).await);
+            assert_eq!((reply.answer(), reply.finish()), (expected.answer(), expected.finish()), "{case}");
+            let of = |reply: &Reply| reply.json()["state"].clone();
+            assert_eq!(
+                (&of(&reply)["tokens"], &of(&reply)["bytes"]),
+                (&of(&expected)["tokens"], &of(&expected)["bytes"])
+            );
+            saved.push(cached(&reply));
+        }
+        assert_eq!(saved, [0, 0, 60], "{case}");
+    }
+}
