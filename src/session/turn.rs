@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::types::{Finish, Message, Sampling, SessionId, StateId, Tenant};
@@ -79,7 +80,8 @@ pub struct Running {
 
 /// A number of tokens that were not computed again. It is complete before the turn's first event: a turn may wait for what
 /// another one is reading.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(from = "u64", into = "u64")]
 pub struct Cached(Arc<AtomicU64>);
 
 impl Cached {
@@ -89,6 +91,18 @@ impl Cached {
 
     pub(super) fn add(&self, tokens: u64) {
         self.0.fetch_add(tokens, Ordering::AcqRel);
+    }
+}
+
+impl PartialEq for Cached {
+    fn eq(&self, other: &Self) -> bool {
+        self.get() == other.get()
+    }
+}
+
+impl From<Cached> for u64 {
+    fn from(tokens: Cached) -> Self {
+        tokens.get()
     }
 }
 

@@ -243,7 +243,9 @@ impl Recorder {
     fn record(&self, Checkpoint { read, answer, segments }: Checkpoint) {
         let Source { tenant, root, consumed, tail, .. } = &*self.source;
         let reached = self.depth + read;
-        let mut ids = self.ids[..reached].to_vec();
+        // Of ids that are not the job's nothing can be kept; this is no place to fail.
+        let Some(read) = self.ids.get(..reached) else { return };
+        let mut ids = read.to_vec();
         ids.extend(answer);
         let mut recent = tail.clone();
         recent.extend(&ids[ids.len().saturating_sub(TAIL)..]);
