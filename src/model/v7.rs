@@ -215,8 +215,9 @@ impl InplaceOp3 for Wkv<'_> {
                 state.copy_from_slice(unsafe { self.state.part(slot(row.from.0), n * n) });
             }
             let params = self.mix.head(h);
-            for token in row.tokens.clone() {
-                let at = token * width + h * n;
+            let first_token = row.tokens.start;
+            wkv7_head(row.tokens.len(), &params, state, |token| {
+                let at = (first_token + token) * width + h * n;
                 let input = |plane: usize| &inputs[plane * tokens * width + at..][..n];
                 let first_value = self.mix.v.is_some().then(|| (input(6), &first[at..][..n]));
                 let x = HeadInputs {
@@ -229,8 +230,8 @@ impl InplaceOp3 for Wkv<'_> {
                     first_value,
                 };
                 // SAFETY: one task for each (row, head), and rows do not share tokens.
-                wkv7_head(&x, &params, state, unsafe { shared.part(at, n) });
-            }
+                (x, unsafe { shared.part(at, n) })
+            });
         });
         Ok(())
     }

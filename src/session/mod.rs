@@ -19,10 +19,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::engine;
-use prefix::PrefixCache;
 use crate::state::{self, Archive};
 use crate::text::{Profile, Tokenizer};
 use crate::types::{Message, Sampling, SessionId, StateId, Tenant, TurnUsage};
+use prefix::PrefixCache;
 
 pub use initial::InitialStates;
 pub use prefix::PrefixLimits;

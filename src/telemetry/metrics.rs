@@ -90,7 +90,11 @@ fn describe() {
     describe_counter!(STATE_BYTES, Unit::Bytes, "Bytes of states made durable.");
     describe_counter!(PREFIX_LOOKUPS, Unit::Count, "Texts looked up in the prefix cache by outcome: hit or miss.");
     describe_counter!(PREFIX_TOKENS, Unit::Count, "Tokens that the prefix cache saved reading.");
-    describe_counter!(PREFIX_WAITS, Unit::Count, "Times a text waited for another request that was reading its beginning.");
+    describe_counter!(
+        PREFIX_WAITS,
+        Unit::Count,
+        "Times a text waited for another request that was reading its beginning."
+    );
     describe_gauge!(PREFIX_SPACING, Unit::Count, "Tokens between the first regular checkpoints of the last text.");
     describe_gauge!(PREFIX_BYTES, Unit::Bytes, "Bytes the prefix cache takes.");
     describe_gauge!(PREFIX_STATES, Unit::Count, "States in the prefix cache.");

@@ -202,7 +202,7 @@ fn run(w: &Panels, packed: &impl Packed, x: &[f32], out: &mut [f32]) {
     if rows <= tile::few(packed) {
         return each_panel(w, rows, out, |panel, sums| tile::few_rows(packed, panel, (x, w.inputs), sums));
     }
-    stretched(w.inputs, x, |x| {
+    let mut many = |x: &[f32], apart: bool| {
         each_panel(w, rows, out, |panel, sums| {
             let mut unpacked = [0f32; STRETCH * PANEL];
             for first in (0..w.inputs).step_by(STRETCH) {
@@ -211,14 +211,16 @@ fn run(w: &Panels, packed: &impl Packed, x: &[f32], out: &mut [f32]) {
                 tile::unpack(packed, panel, inputs.clone(), unpacked);
                 // While these are at work, memory gives the next ones.
                 let next = packed.stored(panel, inputs.end..w.inputs.min(inputs.end + STRETCH));
-                tile::many_rows(unpacked, &x[first * rows..][..inputs.len() * rows], sums, next);
+                let x = if apart { (&x[first * rows..], inputs.len()) } else { (&x[first..], w.inputs) };
+                tile::many_rows(unpacked, x, sums, next);
             }
         });
-    });
+    };
+    // Rows whose distance is a multiple of half a page would share few places of the cache.
+    if w.inputs.is_multiple_of(512) { stretched(w.inputs, x, |x| many(x, true)) } else { many(x, false) }
 }
 
-/// Lends `x [rows, inputs]` stretch by stretch, `[rows, STRETCH]` each: rows whose distance is a power of two would share few
-/// places of the cache.
+/// Lends `x [rows, inputs]` stretch by stretch, `[rows, STRETCH]` each.
 fn stretched(inputs: usize, x: &[f32], then: impl FnOnce(&[f32])) {
     thread_local! {
         static STRETCHED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };

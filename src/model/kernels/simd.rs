@@ -21,6 +21,7 @@ pub trait Vector: Copy {
     /// `self · b + c`, rounded once.
     unsafe fn fma(self, b: Self, c: Self) -> Self;
     unsafe fn times(self, b: Self) -> Self;
+    unsafe fn plus(self, b: Self) -> Self;
     /// IEEE half floats, of 16 bits each.
     unsafe fn from_f16(p: *const u8) -> Self;
     unsafe fn from_bf16(p: *const u8) -> Self;
@@ -74,6 +75,11 @@ impl Vector for Narrow {
     unsafe fn times(self, b: Self) -> Self {
         // SAFETY: the trait's contract.
         Self(unsafe { _mm256_mul_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn plus(self, b: Self) -> Self {
+        // SAFETY: the trait's contract.
+        Self(unsafe { _mm256_add_ps(self.0, b.0) })
     }
     #[inline(always)]
     unsafe fn from_f16(p: *const u8) -> Self {
@@ -149,6 +155,11 @@ impl Vector for Wide {
     unsafe fn times(self, b: Self) -> Self {
         // SAFETY: the trait's contract.
         Self(unsafe { _mm512_mul_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn plus(self, b: Self) -> Self {
+        // SAFETY: the trait's contract.
+        Self(unsafe { _mm512_add_ps(self.0, b.0) })
     }
     #[inline(always)]
     unsafe fn from_f16(p: *const u8) -> Self {

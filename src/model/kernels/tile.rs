@@ -98,9 +98,9 @@ pub fn unpack(packed: &impl Packed, panel: usize, inputs: Range<usize>, out: &mu
     packed.unpack_plain(panel, inputs, out);
 }
 
-/// Adds to `sums [rows, PANEL]` what `x [rows, inputs]` and `weights [inputs, PANEL]` make, and meanwhile asks memory for
-/// `next`.
-pub fn many_rows(weights: &[f32], x: &[f32], sums: &mut [[f32; PANEL]], next: &[u8]) {
+/// Adds to `sums [rows, PANEL]` what as many rows of `x`, `stride` apart, and `weights [inputs, PANEL]` make, and meanwhile asks
+/// memory for `next`.
+pub fn many_rows(weights: &[f32], x: (&[f32], usize), sums: &mut [[f32; PANEL]], next: &[u8]) {
     #[cfg(target_arch = "x86_64")]
     {
         if super::wide() {
@@ -113,9 +113,8 @@ pub fn many_rows(weights: &[f32], x: &[f32], sums: &mut [[f32; PANEL]], next: &[
         }
     }
     let _ = next;
-    let inputs = weights.len() / PANEL;
-    for (x, sums) in x.chunks_exact(inputs).zip(sums) {
-        for (x, weights) in x.iter().zip(weights.as_chunks::<PANEL>().0) {
+    for (row, sums) in sums.iter_mut().enumerate() {
+        for (x, weights) in x.0[row * x.1..].iter().zip(weights.as_chunks::<PANEL>().0) {
             for (sum, weight) in sums.iter_mut().zip(weights) {
                 *sum = Plain::fma(*x, *weight, *sum);
             }
@@ -126,10 +125,9 @@ pub fn many_rows(weights: &[f32], x: &[f32], sums: &mut [[f32; PANEL]], next: &[
 /// Twelve rows and two vectors at a time fill the 32 registers of AVX-512.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-fn many_wide(weights: &[f32], x: &[f32], sums: &mut [[f32; PANEL]], next: &[u8]) {
-    let inputs = weights.len() / PANEL;
+fn many_wide(weights: &[f32], (x, stride): (&[f32], usize), sums: &mut [[f32; PANEL]], next: &[u8]) {
     for (n, sums) in sums.chunks_mut(12).enumerate() {
-        let x = (&x[n * 12 * inputs..], inputs);
+        let x = (&x[n * 12 * stride..], stride);
         macro_rules! rows {
             ($($rows:literal)*) => {
                 match (sums.len(), n) {
@@ -148,10 +146,9 @@ fn many_wide(weights: &[f32], x: &[f32], sums: &mut [[f32; PANEL]], next: &[u8])
 /// Six rows and two vectors at a time fill the 16 registers of AVX2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn many_narrow(weights: &[f32], x: &[f32], sums: &mut [[f32; PANEL]], next: &[u8]) {
-    let inputs = weights.len() / PANEL;
+fn many_narrow(weights: &[f32], (x, stride): (&[f32], usize), sums: &mut [[f32; PANEL]], next: &[u8]) {
     for (n, sums) in sums.chunks_mut(6).enumerate() {
-        let x = (&x[n * 6 * inputs..], inputs);
+        let x = (&x[n * 6 * stride..], stride);
         for first in [0, PANEL / 2] {
             macro_rules! rows {
                 ($($rows:literal)*) => {

@@ -1,9 +1,13 @@
-//! The RWKV-7 time mix of one head and one token, from the linear layers' outputs to what goes into the output layer.
+//! The RWKV-7 time mix of one head, from the linear layers' outputs to what goes into the output layer.
 //!
 //! One pass with the state in cache: decay, gates, key normalisation, state update, read-out, group norm, bonus, gate.
 //! Follows `RWKV_x070_TMix_one` of the `rwkv` package (BlinkDL/ChatRWKV, `rwkv_pip_package/src/rwkv/model.py`).
 
+#[cfg(target_arch = "x86_64")]
+use super::LANES;
 use super::norm::head_norm;
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Narrow, Vector, Wide};
 use super::{dot, exp, kernel, sigmoid};
 
 /// The largest head this kernel has room for.
@@ -38,17 +42,69 @@ pub struct HeadParams<'a> {
     pub eps: f32,
 }
 
+/// Tokens from which on it pays to turn a head's state, so that its value channels stand side by side.
+const TURNED_FROM: usize = 8;
+
+/// The steps of one head over a span of tokens: updates `state [N, N]` (row = value channel, column = key channel) and lets
+/// `token(t)` give each token's inputs and where its output `[N]` goes.
+///
+/// Over few tokens a row of the state is walked as it lies; over many the state is turned once, and no sum runs across a
+/// register. Both add the same numbers in the same order.
+pub fn wkv7_head<'a>(
+    tokens: usize,
+    p: &HeadParams,
+    state: &mut [f32],
+    token: impl Fn(usize) -> (HeadInputs<'a>, &'a mut [f32]),
+) {
+    let mut step = Prepared::ZERO;
+    let n = p.w0.len();
+    assert!(n <= MAX_HEAD && state.len() == n * n);
+    #[cfg(target_arch = "x86_64")]
+    if tokens >= TURNED_FROM && super::fused() && n.is_multiple_of(16) {
+        let mut turned = vec![0f32; n * n];
+        turn(state, n, &mut turned);
+        for t in 0..tokens {
+            let (x, out) = token(t);
+            prepare(&x, p, &mut step);
+            turned_step(&step, x.r, &mut turned, out);
+            complete(&x, p, &step, out);
+        }
+        return turn(&turned, n, state);
+    }
+    for t in 0..tokens {
+        let (x, out) = token(t);
+        prepare(&x, p, &mut step);
+        rows_step(&step, x.r, state, out);
+        complete(&x, p, &step, out);
+    }
+}
+
+/// What a step of a head needs of its token, the first N of each.
+struct Prepared {
+    decay: [f32; MAX_HEAD],
+    /// -kk.
+    remove: [f32; MAX_HEAD],
+    /// kk · a.
+    replace: [f32; MAX_HEAD],
+    key: [f32; MAX_HEAD],
+    value: [f32; MAX_HEAD],
+}
+
+impl Prepared {
+    const ZERO: Self = {
+        let zero = [0f32; MAX_HEAD];
+        Self { decay: zero, remove: zero, replace: zero, key: zero, value: zero }
+    };
+}
+
 kernel! {
-    /// One step of one head: updates `state [N, N]` (row = value channel, column = key channel) and writes `out [N]`.
-    pub fn wkv7_head(x: &HeadInputs, p: &HeadParams, state: &mut [f32], out: &mut [f32]) {
-        let n = out.len();
-        assert!(n <= MAX_HEAD && state.len() == n * n);
-        let (mut decay, mut key, mut value) = ([0f32; MAX_HEAD], [0f32; MAX_HEAD], [0f32; MAX_HEAD]);
-        let (mut remove, mut replace) = ([0f32; MAX_HEAD], [0f32; MAX_HEAD]);
-        let (decay, key, value) = (&mut decay[..n], &mut key[..n], &mut value[..n]);
-        let (remove, replace) = (&mut remove[..n], &mut replace[..n]);
-        let (r, k, v, w, a, g) = (&x.r[..n], &x.k[..n], &x.v[..n], &x.w[..n], &x.a[..n], &x.g[..n]);
-        let (w0, a0, k_k, k_a, r_k) = (&p.w0[..n], &p.a0[..n], &p.k_k[..n], &p.k_a[..n], &p.r_k[..n]);
+    /// Steps 1 to 3: decay, gates, key normalisation, value residual.
+    fn prepare(x: &HeadInputs, p: &HeadParams, out: &mut Prepared) {
+        let n = p.w0.len();
+        let (decay, key, value) = (&mut out.decay[..n], &mut out.key[..n], &mut out.value[..n]);
+        let (remove, replace) = (&mut out.remove[..n], &mut out.replace[..n]);
+        let (k, v, w, a) = (&x.k[..n], &x.v[..n], &x.w[..n], &x.a[..n]);
+        let (w0, a0, k_k, k_a) = (&p.w0[..n], &p.a0[..n], &p.k_k[..n], &p.k_a[..n]);
 
         // 1. kk = k · k_k / ‖k · k_k‖, with the norm kept from zero
         for j in 0..n {
@@ -72,6 +128,15 @@ kernel! {
                 value[j] = A::fma(first[j] - v[j], sigmoid::<A>(v0[j] + gate[j]), v[j]);
             }
         }
+    }
+}
+
+kernel! {
+    /// Step 4 for a state `[value channel, key channel]`.
+    fn rows_step(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
+        let n = out.len();
+        let (remove, replace) = (&p.remove[..n], &p.replace[..n]);
+        let (decay, key, value, r) = (&p.decay[..n], &p.key[..n], &p.value[..n], &r[..n]);
         // 4. S = S · decay + (S · -kk) ⊗ (kk · a) + v ⊗ k;  y = S · r
         for i in 0..n {
             let row = &mut state[i * n..][..n];
@@ -82,14 +147,139 @@ kernel! {
             }
             out[i] = dot::<A>(row, r);
         }
-        // 5. group norm over the head, the bonus (r · k · r_k) v, the gate
-        head_norm::<A>(out, &p.ln_x_weight[..n], &p.ln_x_bias[..n], p.eps);
-        for j in 0..n {
-            remove[j] = r[j] * key[j];
+    }
+}
+
+/// The same for a state `[key channel, value channel]` with N a multiple of sixteen.
+#[cfg(target_arch = "x86_64")]
+fn turned_step(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    fn wide(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
+        // SAFETY: the features are there.
+        unsafe { turned_step_in::<Wide>(p, r, state, out) }
+    }
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn narrow(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
+        // SAFETY: the features are there.
+        unsafe { turned_step_in::<Narrow>(p, r, state, out) }
+    }
+    // SAFETY: the caller has looked for AVX2, and `wide` looks for AVX-512.
+    unsafe { if super::wide() { wide(p, r, state, out) } else { narrow(p, r, state, out) } }
+}
+
+/// Each value channel is a lane. Its sums over the key channels are those of [`dot`]: eight partial ones, added as a tree.
+///
+/// # Safety
+/// As [`Vector`].
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn turned_step_in<V: Vector>(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
+    let n = out.len();
+    assert!(n <= MAX_HEAD && n.is_multiple_of(16) && r.len() >= n && state.len() == n * n);
+    // SAFETY: the caller has looked for the features; every index is below n, a multiple of the lanes.
+    unsafe {
+        let tree = |s: [V; LANES]| (s[0].plus(s[4]).plus(s[2].plus(s[6]))).plus(s[1].plus(s[5]).plus(s[3].plus(s[7])));
+        for i in (0..n).step_by(V::LANES) {
+            let column = state.as_mut_ptr().add(i);
+            let mut sums = [V::splat(0.0); LANES];
+            for j in (0..n).step_by(LANES) {
+                for (l, sum) in sums.iter_mut().enumerate() {
+                    *sum = V::load(column.add((j + l) * n)).fma(V::splat(p.remove[j + l]), *sum);
+                }
+            }
+            let (removed, value) = (tree(sums), V::load(p.value.as_ptr().add(i)));
+            let mut sums = [V::splat(0.0); LANES];
+            for j in (0..n).step_by(LANES) {
+                for (l, sum) in sums.iter_mut().enumerate() {
+                    let at = column.add((j + l) * n);
+                    let added = removed.fma(V::splat(p.replace[j + l]), value.times(V::splat(p.key[j + l])));
+                    let new = V::load(at).fma(V::splat(p.decay[j + l]), added);
+                    new.store(at);
+                    *sum = new.fma(V::splat(*r.get_unchecked(j + l)), *sum);
+                }
+            }
+            tree(sums).store(out.as_mut_ptr().add(i));
         }
-        let bonus = dot::<A>(remove, r_k);
+    }
+}
+
+/// `to` = `from [n, n]`, rows and columns exchanged.
+#[cfg(target_arch = "x86_64")]
+fn turn(from: &[f32], n: usize, to: &mut [f32]) {
+    for i in (0..n).step_by(16) {
+        for j in 0..n {
+            for i in i..n.min(i + 16) {
+                to[j * n + i] = from[i * n + j];
+            }
+        }
+    }
+}
+
+kernel! {
+    /// Step 5: group norm over the head, the bonus (r · k · r_k) v, the gate.
+    fn complete(x: &HeadInputs, p: &HeadParams, step: &Prepared, out: &mut [f32]) {
+        let n = out.len();
+        let (r, g, r_k, key, value) = (&x.r[..n], &x.g[..n], &p.r_k[..n], &step.key[..n], &step.value[..n]);
+        head_norm::<A>(out, &p.ln_x_weight[..n], &p.ln_x_bias[..n], p.eps);
+        let mut bonus = [0f32; MAX_HEAD];
+        for j in 0..n {
+            bonus[j] = r[j] * key[j];
+        }
+        let bonus = dot::<A>(&bonus[..n], r_k);
         for j in 0..n {
             out[j] = A::fma(bonus, value[j], out[j]) * g[j];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turned_state_gives_the_same_bits() {
+        for n in [16, 64, 80] {
+            let values = |seed: usize| -> Vec<f32> {
+                (0..3 * TURNED_FROM * n * n)
+                    .map(|i| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.5 - 1.0)
+                    .collect()
+            };
+            let inputs: Vec<Vec<f32>> = (0..8).map(values).collect();
+            let params: Vec<Vec<f32>> = (8..16).map(values).collect();
+            let p = HeadParams {
+                w0: &params[0][..n],
+                a0: &params[1][..n],
+                v0: &params[2][..n],
+                k_k: &params[3][..n],
+                k_a: &params[4][..n],
+                r_k: &params[5][..n],
+                ln_x_weight: &params[6][..n],
+                ln_x_bias: &params[7][..n],
+                eps: 64e-5,
+            };
+            // Spans of these many tokens, one after the other.
+            let run = |spans: &[usize]| {
+                let mut state = values(99)[..n * n].to_vec();
+                let mut out = vec![0f32; spans.iter().sum::<usize>() * n];
+                let shared = super::super::Shared::new(&mut out);
+                let mut first = 0;
+                for &tokens in spans {
+                    wkv7_head(tokens, &p, &mut state, |token| {
+                        let at = (first + token) * n;
+                        let of = |plane: usize| &inputs[plane][at..at + n];
+                        let first_value = Some((of(6), of(7)));
+                        let (r, w, k, v, a, g) = (of(0), of(1), of(2), of(3), of(4), of(5));
+                        // SAFETY: each token has its own part.
+                        (HeadInputs { r, w, k, v, a, g, first_value }, unsafe { shared.part(at, n) })
+                    });
+                    first += tokens;
+                }
+                (state, out)
+            };
+            let whole = run(&[2 * TURNED_FROM + 3]);
+            assert!(whole.1.iter().all(|y| y.is_finite()));
+            assert_eq!(run(&vec![1; 2 * TURNED_FROM + 3]), whole);
+            assert_eq!(run(&[TURNED_FROM + 2, 1, TURNED_FROM]), whole);
         }
     }
 }
