@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 
 use crate::api;
 use crate::config::{self, Config, ProfileChoice};
-use crate::engine::{Handle, ModelBackend};
+use crate::engine::{Handle, ModelBackend, Speculation};
 use crate::model::{self, Checkpoint, LoadOptions, Lora, Team};
 use crate::scheduler::Limits;
 use crate::session::{InitialStates, Model, ModelCard, Sessions};
@@ -153,7 +153,11 @@ fn load_model(
     let d = model.description().clone();
     tracing::info!(model = name, generation = d.generation, weight_bytes = d.weight_bytes, "loaded");
     let seats = engine.seats;
-    let backend = ModelBackend::new(model, 2 * seats, team.clone())?;
+    let speculation = match engine.speculation.most() {
+        0 => Speculation::Off,
+        most => Speculation::UpTo(most),
+    };
+    let backend = ModelBackend::new(model, 2 * seats, team.clone())?.speculating(speculation);
     let limits = Limits { seats, queue: engine.queue, budget: engine.budget, busy_budget: engine.busy_budget };
     let engine = Handle::start(&name, backend, text.clone(), limits).context("starting the engine thread")?;
     let card = ModelCard {

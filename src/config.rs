@@ -68,11 +68,37 @@ pub struct Engine {
     pub busy_budget: usize,
     /// Threads that compute; 0 = one for each processor.
     pub threads: usize,
+    /// Whether tokens are drafted, and how many at most in one step.
+    pub speculation: Drafts,
 }
 
 impl Default for Engine {
     fn default() -> Self {
-        Self { seats: 64, queue: 256, budget: 512, busy_budget: 64, threads: 0 }
+        Self { seats: 64, queue: 256, budget: 512, busy_budget: 64, threads: 0, speculation: Drafts::Whether(true) }
+    }
+}
+
+/// `true`, `false`, or the most tokens of a draft.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Drafts {
+    Whether(bool),
+    Most(usize),
+}
+
+impl Drafts {
+    /// Longer drafts are rarely right to their end, and the step that reads them is longer.
+    const USUAL: usize = 7;
+    /// Each position takes a vocabulary of logits.
+    const LONGEST: usize = 32;
+
+    /// Tokens in the longest draft; 0 = there are none.
+    pub fn most(self) -> usize {
+        match self {
+            Self::Whether(true) => Self::USUAL,
+            Self::Whether(false) => 0,
+            Self::Most(most) => most,
+        }
     }
 }
 
@@ -220,7 +246,7 @@ impl Config {
 
     fn check(&self) -> Result<(), Error> {
         let wrong = |key: &str, why: &str| Err(Error::Value { key: key.into(), why: why.into() });
-        let Engine { seats, queue, budget, busy_budget, threads } = self.engine;
+        let Engine { seats, queue, budget, busy_budget, threads, speculation } = self.engine;
         for (key, value, most) in [
             ("engine.seats", seats, 1 << 15),
             ("engine.queue", queue, 1 << 20),
@@ -237,6 +263,10 @@ impl Config {
             if value == 0 || value > most {
                 return wrong(key, &format!("is {value}, and must be from 1 to {most}"));
             }
+        }
+        if speculation.most() > Drafts::LONGEST {
+            let most = Drafts::LONGEST;
+            return wrong("engine.speculation", &format!("must be true, false or a number of tokens up to {most}"));
         }
         if self.server.host.parse::<std::net::IpAddr>().is_err() && self.server.host != "localhost" {
             return wrong(
@@ -343,6 +373,22 @@ mod tests {
     }
 
     #[test]
+    fn speculation_is_a_switch_or_a_number() {
+        let most = |toml: &str, environment: &[(&str, &str)]| {
+            load(toml, environment, Flags::default()).expect("valid").engine.speculation.most()
+        };
+        assert_eq!(most("", &[]), Drafts::USUAL);
+        assert_eq!(most("[engine]\nspeculation = true\n", &[]), Drafts::USUAL);
+        for off in ["false", "0"] {
+            assert_eq!(most(&format!("[engine]\nspeculation = {off}\n"), &[]), 0);
+            assert_eq!(most("", &[("REWAKE_ENGINE__SPECULATION", off)]), 0);
+        }
+        assert_eq!(most("[engine]\nspeculation = 3\n", &[]), 3);
+        assert_eq!(most("", &[("REWAKE_ENGINE__SPECULATION", "3")]), 3);
+        assert_eq!(most("[engine]\nspeculation = 3\n", &[("REWAKE_ENGINE__SPECULATION", "true")]), Drafts::USUAL);
+    }
+
+    #[test]
     fn flags_say_what_is_added_to_the_first_model() {
         let toml = "[[model]]\nlora = \"a.pth\"\nlora_alpha = 16\nstate = \"s.pth\"\n[[model]]\nname = \"b\"\n\
                     [[model.initial_state]]\nname = \"poet\"\nfile = \"poet.pth\"\n";
@@ -374,6 +420,8 @@ mod tests {
             ("[server]\nprot = 1\n", "prot"),
             ("[sever]\n", "sever"),
             ("[engine]\nseats = 0\n", "engine.seats"),
+            ("[engine]\nspeculation = 33\n", "engine.speculation"),
+            ("[engine]\nspeculation = \"often\"\n", "engine.speculation"),
             ("[server]\nhost = \"my house\"\n", "server.host"),
             ("[[model]]\nname = \"a\"\n[[model]]\nname = \"a\"\n", "`a`"),
             ("[[model]]\nlora_alpha = 16\n", "lora_alpha"),

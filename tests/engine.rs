@@ -1,5 +1,7 @@
 //! The loop: whatever else runs, wherever a response is cut, its text is the same.
 
+#[path = "engine/models.rs"]
+mod models;
 #[path = "support/toy.rs"]
 mod toy;
 
