@@ -205,7 +205,8 @@ pub struct Opened {
 pub fn open(config: &config::Model, progress: &dyn Fn(usize, usize)) -> anyhow::Result<Opened> {
     let checkpoint = checkpoint(config)?;
     let state = config.state.as_deref().map(Checkpoint::open).transpose()?;
-    let model = model::load(&checkpoint, &LoadOptions { initial_state: state.as_ref(), progress });
+    let model =
+        model::load(&checkpoint, &LoadOptions { initial_state: state.as_ref(), quantise: config.quantize, progress });
     Ok(Opened { model: model.with_context(|| files(config))?, checkpoint })
 }
 

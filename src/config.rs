@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::api::{ApiLimits, Key};
+use crate::model::Kind;
 use crate::session::TurnLimits;
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
@@ -118,6 +119,13 @@ pub struct Model {
     /// The alpha it was trained with; none = as its `adapter_config.json` says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_alpha: Option<f32>,
+    /// What large matrices become as they are loaded; none = they stay as they are stored.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "weight_type",
+        serialize_with = "weight_type_name"
+    )]
+    pub quantize: Option<Kind>,
     /// A state-tuned file that fresh sequences start from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state: Option<PathBuf>,
@@ -130,6 +138,20 @@ pub struct Model {
     /// A built-in profile's name, or a whole profile; none = by the tokenizer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub profile: Option<ProfileChoice>,
+}
+
+/// The type of a name such as `q8_0`, for the command line too.
+pub fn parse_kind(name: &str) -> Result<Kind, String> {
+    Kind::parse(name).ok_or_else(|| format!("there is no type `{name}`; there are {}", Kind::names()))
+}
+
+fn weight_type<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Kind>, D::Error> {
+    let name = String::deserialize(from)?;
+    parse_kind(&name).map(Some).map_err(serde::de::Error::custom)
+}
+
+fn weight_type_name<S: serde::Serializer>(kind: &Option<Kind>, to: S) -> Result<S::Ok, S::Error> {
+    kind.map(Kind::name).serialize(to)
 }
 
 /// A state-tuned file and the name that requests give in `initial_state`.
@@ -159,6 +181,7 @@ pub struct Flags {
     pub lora: Option<PathBuf>,
     pub lora_alpha: Option<f32>,
     pub state: Option<PathBuf>,
+    pub quantize: Option<Kind>,
     pub tokenizer: Option<String>,
     pub profile: Option<String>,
 }
@@ -235,6 +258,9 @@ impl Config {
         }
         if let Some(state) = &flags.state {
             self.model[0].state = Some(state.clone());
+        }
+        if flags.quantize.is_some() {
+            self.model[0].quantize = flags.quantize;
         }
         if let Some(tokenizer) = &flags.tokenizer {
             self.model[0].tokenizer = Some(tokenizer.clone());
@@ -403,6 +429,14 @@ mod tests {
         let both = Flags { lora: Some("b.pth".into()), lora_alpha: Some(4.0), ..Flags::default() };
         assert_eq!(lora(both), ("b.pth".into(), Some(4.0)));
 
+        let kinds = "[[model]]\nquantize = \"q8_0\"\n[[model]]\nname = \"b\"\n";
+        let quantised = |flags: Flags| {
+            let models = load(kinds, &[], flags).expect("valid").model;
+            (models[0].quantize, models[1].quantize)
+        };
+        assert_eq!(quantised(Flags::default()), (Some(Kind::Q8_0), None));
+        assert_eq!(quantised(Flags { quantize: Some(Kind::Q4K), ..Flags::default() }), (Some(Kind::Q4K), None));
+
         let models = load(toml, &[], Flags { state: Some("t.pth".into()), ..Flags::default() }).expect("valid").model;
         assert_eq!((models[0].state.clone(), models[1].state.clone()), (Some("t.pth".into()), None));
         let poet = InitialState { name: InitialName::parse("poet").expect("a name"), file: "poet.pth".into() };
@@ -430,7 +464,8 @@ mod tests {
             ("[[model]]\n[[model.initial_state]]\nname = \"a\"\n", "file"),
             ("[[model]]\n[[model.initial_state]]\nname = \"a\"\nfile = \"x\"\nfiel = 1\n", "fiel"),
             (&poets, "model.0.initial_state.1"),
-            ("[[model]]\nquantize = \"q8_0\"\n", "quantize"),
+            ("[[model]]\nquantize = \"q9_0\"\n", "there is no type `q9_0`"),
+            ("[[model]]\nquantise = \"q8_0\"\n", "quantise"),
             ("[[key]]\nname = \"a\"\nhash = \"xyz\"\ntenant = \"t\"\n", "hash"),
             (&twice, "key.1"),
         ] {
