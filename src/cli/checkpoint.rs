@@ -37,6 +37,11 @@ pub struct Which {
 }
 
 impl Which {
+    /// A checkpoint as it is stored.
+    pub fn of(file: &Path) -> Self {
+        Self { file: Some(file.to_owned()), ..Self::default() }
+    }
+
     /// The same as a model of the configuration.
     pub fn config(&self) -> config::Model {
         config::Model {
