@@ -74,7 +74,8 @@ impl Costs {
         best
     }
 
-    /// What a step of so many tokens takes: as measured, or between its neighbours, or by the prior beyond the last.
+    /// What a step of so many tokens takes: as measured, or between its neighbours, or beyond the last as it grew until there,
+    /// by the prior at least.
     fn of(&self, tokens: usize) -> Option<f64> {
         let known = |n: &usize| self.seconds[*n] > 0.0;
         if tokens > MOST_TOKENS {
@@ -84,7 +85,9 @@ impl Costs {
         let shorter = self.seconds[below];
         let beyond = (tokens - below) as f64;
         let Some(above) = (tokens..=MOST_TOKENS).find(known) else {
-            return Some(shorter * (1.0 + PRIOR * beyond / below as f64));
+            let before = (1..below).rev().find(known);
+            let slope = before.map_or(0.0, |n| (shorter - self.seconds[n]) / (below - n) as f64);
+            return Some(shorter + beyond * slope.max(PRIOR * shorter / below as f64));
         };
         let part = if above > below { beyond / (above - below) as f64 } else { 0.0 };
         Some(shorter + part * (self.seconds[above] - shorter))
@@ -109,11 +112,14 @@ mod tests {
     #[test]
     fn times_are_measured_or_between_or_beyond() {
         let costs = costs(&[(1, 1000), (5, 1400), (8, 2000)]);
-        for (tokens, expected) in [(1, 1e-3), (2, 1.1e-3), (5, 1.4e-3), (6, 1.6e-3), (8, 2e-3), (16, 2e-3 * 1.15)] {
+        for (tokens, expected) in [(1, 1e-3), (2, 1.1e-3), (5, 1.4e-3), (6, 1.6e-3), (8, 2e-3), (16, 3.6e-3)] {
             let found = costs.of(tokens).expect("it is known");
             assert!((found - expected).abs() < 1e-9, "{tokens}: {found}");
         }
         assert_eq!(costs.of(65), None);
+        let alone = self::costs(&[(2, 1000)]);
+        assert!((alone.of(4).expect("beyond") - 1.15e-3).abs() < 1e-9);
+        assert_eq!(alone.of(1), None);
         assert_eq!(Costs::new().of(1), None);
     }
 
@@ -163,7 +169,7 @@ mod tests {
             waiting = if right == draft.len() { 1 } else { waiting + right + 1 };
             at += right + 1;
         }
-        (took, (text.len() - 1) as f64 * time(1))
+        (took, (1..text.len()).map(|_| time(1)).sum())
     }
 
     #[test]
@@ -187,7 +193,13 @@ mod tests {
             ids
         };
         for slope in [0.0, 0.05, 0.2, 0.5, 1.0] {
-            let time = |tokens: usize| 1e-3 * (1.0 + slope * (tokens - 1) as f64);
+            let steps = std::cell::Cell::new(0u32);
+            // No two steps take the same time.
+            let time = |tokens: usize| {
+                steps.set(steps.get() + 1);
+                let jitter = f64::from(steps.get() * 7919 % 31) / 100.0 - 0.15;
+                1e-3 * (1.0 + slope * (tokens - 1) as f64) * (1.0 + jitter)
+            };
             for alphabet in [2, 4, 16, 1000] {
                 for copies in [0, 200, 50, 10] {
                     let (with, without) = race(&text(alphabet, copies), &time);

@@ -64,9 +64,10 @@ fn quantise(values: &[f32], mut blocks: Vec<u8>, kind: Kind) -> Result<Vec<u8>, 
         let values = &values[n * CHUNK..values.len().min((n + 1) * CHUNK)];
         let quantised = Tensor::from_slice(values, values.len(), &Device::Cpu)
             .and_then(|values| QTensor::quantize(&values, dtype))
-            .and_then(|quantised| Ok(blocks.copy_from_slice(&quantised.data()?)));
-        if let Err(error) = quantised {
-            *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            .and_then(|quantised| Ok(quantised.data()?.into_owned()));
+        match quantised {
+            Ok(quantised) => blocks.copy_from_slice(&quantised),
+            Err(error) => *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
         }
     });
     match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
