@@ -3,6 +3,7 @@
 mod initial;
 mod keep;
 mod origin;
+mod prefix;
 mod prompt;
 mod queries;
 mod run;
@@ -21,9 +22,11 @@ use crate::engine;
 use crate::state::{self, Archive};
 use crate::text::{Profile, Tokenizer};
 use crate::types::{Message, Sampling, SessionId, StateId, Tenant, TurnUsage};
+use prefix::PrefixCache;
 
 pub use initial::InitialStates;
-pub use turn::{Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
+pub use prefix::PrefixLimits;
+pub use turn::{Cached, Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
 
 /// What is known of a served model.
 #[derive(Clone, Debug)]
@@ -171,6 +174,8 @@ pub struct Sessions {
     /// Ends them when their time is up.
     stop: CancellationToken,
     busy: Busy,
+    /// What was read before; `None` = nothing is kept.
+    prefix: Option<Arc<PrefixCache>>,
 }
 
 impl Sessions {
@@ -185,7 +190,13 @@ impl Sessions {
             turns: TaskTracker::new(),
             stop: CancellationToken::new(),
             busy: Busy::default(),
+            prefix: None,
         }
+    }
+
+    /// Keeps what turns have read, so that no turn reads it again.
+    pub fn with_prefix_cache(self, limits: &PrefixLimits) -> Self {
+        Self { prefix: PrefixCache::new(limits).map(Arc::new), ..self }
     }
 
     /// Begins to serve these models; the first is the default. Only the first call counts.
