@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 
 use crate::api;
 use crate::config::{self, Config, ProfileChoice};
-use crate::engine::{Handle, ModelBackend};
+use crate::engine::{Handle, ModelBackend, Speculation};
 use crate::model::{self, Checkpoint, LoadOptions, Lora, Team};
 use crate::scheduler::Limits;
 use crate::session::{InitialStates, Model, ModelCard, Sessions};
@@ -155,7 +155,11 @@ fn load_model(
     let d = model.description().clone();
     tracing::info!(model = name, generation = d.generation, weight_bytes = d.weight_bytes, "loaded");
     let seats = engine.seats;
-    let backend = ModelBackend::new(model, 2 * seats, team.clone())?;
+    let speculation = match engine.speculation.most() {
+        0 => Speculation::Off,
+        most => Speculation::UpTo(most),
+    };
+    let backend = ModelBackend::new(model, 2 * seats, team.clone())?.speculating(speculation);
     let limits = Limits { seats, queue: engine.queue, budget: engine.budget, busy_budget: engine.busy_budget };
     let engine = Handle::start(&name, backend, text.clone(), limits).context("starting the engine thread")?;
     let card = ModelCard {
@@ -203,7 +207,8 @@ pub struct Opened {
 pub fn open(config: &config::Model, progress: &dyn Fn(usize, usize)) -> anyhow::Result<Opened> {
     let checkpoint = checkpoint(config)?;
     let state = config.state.as_deref().map(Checkpoint::open).transpose()?;
-    let model = model::load(&checkpoint, &LoadOptions { initial_state: state.as_ref(), progress });
+    let model =
+        model::load(&checkpoint, &LoadOptions { initial_state: state.as_ref(), quantise: config.quantize, progress });
     Ok(Opened { model: model.with_context(|| files(config))?, checkpoint })
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::api::{ApiLimits, Key};
+use crate::model::Kind;
 use crate::session::{PrefixLimits, TurnLimits};
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
@@ -69,11 +70,37 @@ pub struct Engine {
     pub busy_budget: usize,
     /// Threads that compute; 0 = one for each processor.
     pub threads: usize,
+    /// Whether tokens are drafted, and how many at most in one step.
+    pub speculation: Drafts,
 }
 
 impl Default for Engine {
     fn default() -> Self {
-        Self { seats: 64, queue: 256, budget: 512, busy_budget: 64, threads: 0 }
+        Self { seats: 64, queue: 256, budget: 512, busy_budget: 64, threads: 0, speculation: Drafts::Whether(true) }
+    }
+}
+
+/// `true`, `false`, or the most tokens of a draft.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Drafts {
+    Whether(bool),
+    Most(usize),
+}
+
+impl Drafts {
+    /// Longer drafts are rarely right to their end, and the step that reads them is longer.
+    const USUAL: usize = 7;
+    /// Each position takes a vocabulary of logits.
+    const LONGEST: usize = 32;
+
+    /// Tokens in the longest draft; 0 = there are none.
+    pub fn most(self) -> usize {
+        match self {
+            Self::Whether(true) => Self::USUAL,
+            Self::Whether(false) => 0,
+            Self::Most(most) => most,
+        }
     }
 }
 
@@ -93,6 +120,13 @@ pub struct Model {
     /// The alpha it was trained with; none = as its `adapter_config.json` says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_alpha: Option<f32>,
+    /// What large matrices become as they are loaded; none = they stay as they are stored.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "weight_type",
+        serialize_with = "weight_type_name"
+    )]
+    pub quantize: Option<Kind>,
     /// A state-tuned file that fresh sequences start from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state: Option<PathBuf>,
@@ -105,6 +139,20 @@ pub struct Model {
     /// A built-in profile's name, or a whole profile; none = by the tokenizer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub profile: Option<ProfileChoice>,
+}
+
+/// The type of a name such as `q8_0`, for the command line too.
+pub fn parse_kind(name: &str) -> Result<Kind, String> {
+    Kind::parse(name).ok_or_else(|| format!("there is no type `{name}`; there are {}", Kind::names()))
+}
+
+fn weight_type<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Kind>, D::Error> {
+    let name = String::deserialize(from)?;
+    parse_kind(&name).map(Some).map_err(serde::de::Error::custom)
+}
+
+fn weight_type_name<S: serde::Serializer>(kind: &Option<Kind>, to: S) -> Result<S::Ok, S::Error> {
+    kind.map(Kind::name).serialize(to)
 }
 
 /// A state-tuned file and the name that requests give in `initial_state`.
@@ -134,6 +182,7 @@ pub struct Flags {
     pub lora: Option<PathBuf>,
     pub lora_alpha: Option<f32>,
     pub state: Option<PathBuf>,
+    pub quantize: Option<Kind>,
     pub tokenizer: Option<String>,
     pub profile: Option<String>,
 }
@@ -211,6 +260,9 @@ impl Config {
         if let Some(state) = &flags.state {
             self.model[0].state = Some(state.clone());
         }
+        if flags.quantize.is_some() {
+            self.model[0].quantize = flags.quantize;
+        }
         if let Some(tokenizer) = &flags.tokenizer {
             self.model[0].tokenizer = Some(tokenizer.clone());
         }
@@ -221,7 +273,7 @@ impl Config {
 
     fn check(&self) -> Result<(), Error> {
         let wrong = |key: &str, why: &str| Err(Error::Value { key: key.into(), why: why.into() });
-        let Engine { seats, queue, budget, busy_budget, threads } = self.engine;
+        let Engine { seats, queue, budget, busy_budget, threads, speculation } = self.engine;
         for (key, value, most) in [
             ("engine.seats", seats, 1 << 15),
             ("engine.queue", queue, 1 << 20),
@@ -239,6 +291,10 @@ impl Config {
             if value == 0 || value > most {
                 return wrong(key, &format!("is {value}, and must be from 1 to {most}"));
             }
+        }
+        if speculation.most() > Drafts::LONGEST {
+            let most = Drafts::LONGEST;
+            return wrong("engine.speculation", &format!("must be true, false or a number of tokens up to {most}"));
         }
         if self.server.host.parse::<std::net::IpAddr>().is_err() && self.server.host != "localhost" {
             return wrong(
@@ -345,6 +401,22 @@ mod tests {
     }
 
     #[test]
+    fn speculation_is_a_switch_or_a_number() {
+        let most = |toml: &str, environment: &[(&str, &str)]| {
+            load(toml, environment, Flags::default()).expect("valid").engine.speculation.most()
+        };
+        assert_eq!(most("", &[]), Drafts::USUAL);
+        assert_eq!(most("[engine]\nspeculation = true\n", &[]), Drafts::USUAL);
+        for off in ["false", "0"] {
+            assert_eq!(most(&format!("[engine]\nspeculation = {off}\n"), &[]), 0);
+            assert_eq!(most("", &[("REWAKE_ENGINE__SPECULATION", off)]), 0);
+        }
+        assert_eq!(most("[engine]\nspeculation = 3\n", &[]), 3);
+        assert_eq!(most("", &[("REWAKE_ENGINE__SPECULATION", "3")]), 3);
+        assert_eq!(most("[engine]\nspeculation = 3\n", &[("REWAKE_ENGINE__SPECULATION", "true")]), Drafts::USUAL);
+    }
+
+    #[test]
     fn flags_say_what_is_added_to_the_first_model() {
         let toml = "[[model]]\nlora = \"a.pth\"\nlora_alpha = 16\nstate = \"s.pth\"\n[[model]]\nname = \"b\"\n\
                     [[model.initial_state]]\nname = \"poet\"\nfile = \"poet.pth\"\n";
@@ -358,6 +430,14 @@ mod tests {
         assert_eq!(lora(Flags { lora: Some("b.pth".into()), ..Flags::default() }), ("b.pth".into(), None));
         let both = Flags { lora: Some("b.pth".into()), lora_alpha: Some(4.0), ..Flags::default() };
         assert_eq!(lora(both), ("b.pth".into(), Some(4.0)));
+
+        let kinds = "[[model]]\nquantize = \"q8_0\"\n[[model]]\nname = \"b\"\n";
+        let quantised = |flags: Flags| {
+            let models = load(kinds, &[], flags).expect("valid").model;
+            (models[0].quantize, models[1].quantize)
+        };
+        assert_eq!(quantised(Flags::default()), (Some(Kind::Q8_0), None));
+        assert_eq!(quantised(Flags { quantize: Some(Kind::Q4K), ..Flags::default() }), (Some(Kind::Q4K), None));
 
         let models = load(toml, &[], Flags { state: Some("t.pth".into()), ..Flags::default() }).expect("valid").model;
         assert_eq!((models[0].state.clone(), models[1].state.clone()), (Some("t.pth".into()), None));
@@ -376,6 +456,8 @@ mod tests {
             ("[server]\nprot = 1\n", "prot"),
             ("[sever]\n", "sever"),
             ("[engine]\nseats = 0\n", "engine.seats"),
+            ("[engine]\nspeculation = 33\n", "engine.speculation"),
+            ("[engine]\nspeculation = \"often\"\n", "engine.speculation"),
             ("[server]\nhost = \"my house\"\n", "server.host"),
             ("[[model]]\nname = \"a\"\n[[model]]\nname = \"a\"\n", "`a`"),
             ("[[model]]\nlora_alpha = 16\n", "lora_alpha"),
@@ -384,7 +466,8 @@ mod tests {
             ("[[model]]\n[[model.initial_state]]\nname = \"a\"\n", "file"),
             ("[[model]]\n[[model.initial_state]]\nname = \"a\"\nfile = \"x\"\nfiel = 1\n", "fiel"),
             (&poets, "model.0.initial_state.1"),
-            ("[[model]]\nquantize = \"q8_0\"\n", "quantize"),
+            ("[[model]]\nquantize = \"q9_0\"\n", "there is no type `q9_0`"),
+            ("[[model]]\nquantise = \"q8_0\"\n", "quantise"),
             ("[[key]]\nname = \"a\"\nhash = \"xyz\"\ntenant = \"t\"\n", "hash"),
             (&twice, "key.1"),
         ] {

@@ -1,5 +1,7 @@
 //! The loop: whatever else runs, wherever a response is cut, its text is the same.
 
+#[path = "engine/models.rs"]
+mod models;
 #[path = "support/toy.rs"]
 mod toy;
 
@@ -7,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
-use rewake::engine::{Checkpoint, Checkpoints, Event, Handle, Job, Kept};
+use rewake::engine::{Checkpoint, Checkpoints, Event, Handle, Job, Kept, Speculation};
 use rewake::scheduler::Limits;
 use rewake::text::{self, Trim};
 use rewake::types::{Finish, Memory, Sampling, SegmentData, Tenant};
@@ -22,6 +24,12 @@ fn engine(toy: Toy) -> Handle {
 
 fn toy() -> Toy {
     Toy::new(2 * LIMITS.seats)
+}
+
+/// A toy with few states, whose text often repeats itself, and which may draft.
+fn repetitive(states: u32, drafts: usize) -> Toy {
+    let speculation = if drafts == 0 { Speculation::Off } else { Speculation::Always(drafts) };
+    Toy { states: states as f32, speculation, ..toy() }
 }
 
 fn job(prompt: &str) -> Job {
@@ -98,9 +106,9 @@ proptest! {
         prompt in "[ab]{1,40}", seed: u64, temperature in prop_oneof![Just(0.0f32), Just(0.7), Just(1.0)],
         cuts in proptest::collection::vec(1u64..9, 1..8),
         stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé", "\u{20ac}"], 0..3),
-        start: bool, end: bool, penalties: bool,
+        start: bool, end: bool, penalties: bool, drafts in 0usize..5, few: bool,
     ) {
-        let engine = engine(toy());
+        let engine = engine(repetitive(if few { 17 } else { 65_521 }, drafts));
         let mut base = job(&prompt);
         base.sampling = Sampling { temperature, seed, ..base.sampling };
         if penalties {
@@ -168,8 +176,9 @@ proptest! {
     fn a_turn_from_a_kept_state_equals_the_one_shot_request_over_the_same_ids(
         prompt in "[ab]{1,40}", new in "[abU:]{1,30}", seed: u64, max in 1u64..20,
         stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé"], 0..3), end: bool,
+        drafts in 0usize..5,
     ) {
-        let engine = engine(toy());
+        let engine = engine(repetitive(17, drafts));
         let mut first = job(&prompt);
         first.sampling.seed = seed;
         first.sampling.repetition_penalty = 1.2;
@@ -198,6 +207,92 @@ proptest! {
     }
 }
 
+/// Everything a job reports: the text of each choice in the pieces in which it came, how it ended, what was kept.
+type Report = Vec<(Vec<String>, Option<(Finish, u64, Option<(Memory, Vec<u32>)>)>)>;
+
+fn report(mut events: UnboundedReceiver<Event>, choices: usize) -> Report {
+    let mut report: Report = vec![(Vec::new(), None); choices];
+    while let Some(event) = events.blocking_recv() {
+        match event {
+            Event::Text { choice, text } => report[choice].0.push(text),
+            Event::Done { choice, finish, sampled, kept } => {
+                report[choice].1 = Some((finish, sampled, kept.map(|kept| (kept.memory, kept.ids))));
+            }
+            Event::Failed(why) => panic!("{why}"),
+        }
+    }
+    report
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn drafts_change_nothing(
+        prompts in proptest::collection::vec("[ab]{1,40}|(ab|b aé\n){1,9}", 1..4), seed: u64, states in 2u32..40,
+        temperature in prop_oneof![Just(0.0f32), Just(0.2), Just(0.7), Just(1.0)],
+        stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé", "ba", "b ", "\u{20ac}"], 0..4),
+        start: bool, end: bool, penalties: bool, keep: bool, choices in 1usize..4, max in 1u64..60, drafts in 1usize..9,
+        ended: bool, cut in 1u64..9,
+    ) {
+        let jobs = |from: Option<&Memory>| -> Vec<Job> {
+            prompts.iter().enumerate().map(|(n, prompt)| {
+                let mut job = job(prompt);
+                job.sampling = Sampling { temperature, seed: seed.wrapping_add(n as u64), ..job.sampling };
+                if penalties {
+                    job.sampling = Sampling {
+                        presence_penalty: 0.3, frequency_penalty: 0.2, penalty_decay: 0.9, repetition_penalty: 1.1,
+                        top_k: 5, top_p: 0.95, min_p: 0.01, logit_bias: vec![(97, 1.5), (98, -0.5)], ..job.sampling
+                    };
+                }
+                job.stop = stops.clone();
+                job.trim = Trim { start, end };
+                (job.keep, job.choices, job.max_tokens) = (keep, choices, max);
+                match from {
+                    Some(memory) => Job { choices: 1, keep: true, ..on(&job, memory.clone(), max) },
+                    None => job,
+                }
+            }).collect()
+        };
+        let all = |toy: Toy| {
+            let toy = Toy { end: ended.then_some(256), ..toy };
+            let engine = engine(toy);
+            let together = |jobs: Vec<Job>| -> Vec<Report> {
+                let running: Vec<_> = jobs.into_iter().map(|job| (job.choices, submit(&engine, job))).collect();
+                running.into_iter().map(|(choices, events)| report(events, choices)).collect()
+            };
+            let first = together(jobs(None));
+            // And from a response that was cut anywhere.
+            let cut = Job { choices: 1, keep: true, max_tokens: cut, ..jobs(None).remove(0) };
+            let (answer, kept) = run(&engine, cut);
+            let rest = together(jobs(Some(&kept.expect("kept").memory)));
+            (first, answer, rest)
+        };
+        let (without, with) = (all(repetitive(states, 0)), all(repetitive(states, drafts)));
+        prop_assert_eq!(&without.0, &with.0);
+        prop_assert_eq!(&without.1, &with.1);
+        prop_assert_eq!(&without.2, &with.2);
+    }
+}
+
+#[test]
+fn right_drafts_save_steps() {
+    let steps = |toy: Toy| {
+        let (steps, engine) = (toy.steps.clone(), engine(Toy { end: None, ..toy }));
+        let mut greedy = job("ab");
+        greedy.sampling.temperature = 0.0;
+        (greedy.max_tokens, greedy.keep) = (200, true);
+        let (answer, _) = run(&engine, greedy);
+        assert_eq!(answer.sampled, 200);
+        steps.load(Ordering::SeqCst)
+    };
+    assert_eq!(steps(repetitive(17, 0)), 200);
+    let with = steps(repetitive(17, 7));
+    assert!(with < 60, "{with} steps");
+    // What drafts are worth is known only by the clock; whether they are run or not, this ends.
+    assert!(steps(Toy { speculation: Speculation::UpTo(7), ..repetitive(17, 0) }) <= 220);
+}
+
 /// A job of which states on the way are wanted, and where they will be.
 fn watched(job: Job, at: Vec<usize>, answers: bool) -> (Job, Arc<Mutex<Vec<Checkpoint>>>) {
     let seen = Arc::<Mutex<Vec<Checkpoint>>>::default();
@@ -221,9 +316,9 @@ proptest! {
     fn states_on_the_way_have_read_what_they_say(
         prompt in "[ab]{1,60}", at in proptest::collection::btree_set(1usize..60, 0..8), seed: u64, choices in 1usize..4,
         stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé", "\u{20ac}"], 0..3),
-        start: bool, end: bool, keep: bool, max_tokens in 1u64..30,
+        start: bool, end: bool, keep: bool, max_tokens in 1u64..30, drafts in 0usize..5,
     ) {
-        let engine = engine(toy());
+        let engine = engine(repetitive(37, drafts));
         let mut plain = job(&prompt);
         plain.sampling.seed = seed;
         (plain.stop, plain.trim) = (stops, Trim { start, end });
@@ -268,7 +363,12 @@ proptest! {
 
 #[test]
 fn many_at_once_answer_as_each_alone() {
-    let engine = engine(toy());
+    for toy in [toy(), repetitive(29, 5)] {
+        many_at_once(&engine(toy));
+    }
+}
+
+fn many_at_once(engine: &Handle) {
     let jobs: Vec<Job> = (0..100)
         .map(|i| {
             let mut job = job(&"ab".repeat(1 + i % 37));
@@ -283,17 +383,17 @@ fn many_at_once_answer_as_each_alone() {
     let answers = |events: UnboundedReceiver<Event>, n| -> Vec<_> {
         collect(events, n).expect("answers").into_iter().map(|(a, k)| (a, k.map(|k| (k.ids, k.memory)))).collect()
     };
-    let alone: Vec<_> = jobs.iter().map(|job| answers(submit(&engine, job.clone()), job.choices)).collect();
-    let together: Vec<_> = jobs.iter().map(|job| submit(&engine, job.clone())).collect();
+    let alone: Vec<_> = jobs.iter().map(|job| answers(submit(engine, job.clone()), job.choices)).collect();
+    let together: Vec<_> = jobs.iter().map(|job| submit(engine, job.clone())).collect();
     for ((job, events), alone) in jobs.iter().zip(together).zip(alone) {
         assert_eq!(answers(events, job.choices), alone);
     }
     // And each choice as if it had been asked for by itself.
     for job in &jobs {
-        let all = answers(submit(&engine, job.clone()), job.choices);
+        let all = answers(submit(engine, job.clone()), job.choices);
         for (j, together) in all.into_iter().enumerate() {
             let single = Job { choices: 1, first_choice: j, ..job.clone() };
-            assert_eq!(answers(submit(&engine, single), 1).remove(0), together);
+            assert_eq!(answers(submit(engine, single), 1).remove(0), together);
         }
     }
 }

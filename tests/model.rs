@@ -8,12 +8,18 @@ mod early;
 mod formats;
 #[path = "model/growing.rs"]
 mod growing;
+#[path = "model/laws.rs"]
+mod laws;
 #[path = "model/matrix.rs"]
 mod matrix;
 #[path = "model/naive.rs"]
 mod naive;
 #[path = "model/optional.rs"]
 mod optional;
+#[path = "model/quantise.rs"]
+mod quantise;
+#[path = "model/types.rs"]
+mod types;
 #[path = "support/vectors.rs"]
 mod vectors;
 
@@ -109,108 +115,23 @@ fn parity_with_the_original_code() {
 fn chunk_law_any_split_of_a_prompt_gives_the_same_bits() {
     for case in cases(SERVED) {
         let (_, mut model) = models(&case).remove(0);
-        let mut pool = model.pool(1).expect("a pool");
-        let mut run = |chunks: &[usize]| {
-            pool.reset(SlotId(0));
-            let mut left = case.tokens.as_slice();
-            let mut logits = Vec::new();
-            for &n in chunks.iter().chain([&usize::MAX]) {
-                let at = case.tokens.len() - left.len();
-                let (chunk, rest) = left.split_at(n.min(left.len()));
-                left = rest;
-                if !chunk.is_empty() {
-                    logits.extend(read(&mut model, &mut pool, chunk, at, 0, 0));
-                }
-            }
-            (bits(&logits), flat(&pool.snapshot(SlotId(0))))
-        };
-        let whole = run(&[]);
-        assert!(whole == run(&case.chunks), "{} in its chunks", case.name());
-        assert!(whole == run(&vec![1; case.tokens.len()]), "{} token by token", case.name());
-        for size in [2, 7, 31] {
-            assert!(whole == run(&vec![size; case.tokens.len()]), "{} in chunks of {size}", case.name());
-        }
+        let whole = laws::read_in(&mut model, &case.tokens, &[]);
+        assert!(whole == laws::read_in(&mut model, &case.tokens, &case.chunks), "{} in its chunks", case.name());
+        laws::chunks(&mut model, &case.tokens, &[1, 2, 7, 31, 64], &case.name());
     }
 }
 
 #[test]
 fn batch_law_a_sequence_does_not_feel_its_neighbours() {
     for case in cases(SERVED) {
-        let (_, mut model) = models(&case).remove(0);
-        for batch in [3usize, 17, 64] {
-            let mut pool = model.pool(batch + 1).expect("a pool");
-            // Each sequence reads the same tokens from another place on; sequence 0 is also run alone.
-            let texts: Vec<Vec<u32>> =
-                (0..batch).map(|i| case.tokens.iter().cycle().skip(i).take(9 + i % 5).copied().collect()).collect();
-            let mut alone = Vec::new();
-            for text in &texts {
-                pool.reset(SlotId(0));
-                let logits = read(&mut model, &mut pool, text, 0, 0, 0);
-                alone.push((bits(&logits[logits.len() - 1..]), flat(&pool.snapshot(SlotId(0)))));
-            }
-            (0..batch).for_each(|i| pool.reset(SlotId(i as u32)));
-            // Uneven pieces: every step takes another number of tokens from each.
-            let mut done = vec![0usize; batch];
-            let mut last = vec![Vec::new(); batch];
-            for round in 0.. {
-                let (mut ids, mut rows) = (Vec::new(), Vec::new());
-                for i in 0..batch {
-                    let n = ((round + i) % 4 + 1).min(texts[i].len() - done[i]);
-                    if n == 0 {
-                        continue;
-                    }
-                    let slot = SlotId(i as u32);
-                    let tokens = ids.len()..ids.len() + n;
-                    ids.extend(&texts[i][done[i]..done[i] + n]);
-                    let row = Row {
-                        seq: SeqId(i as u64),
-                        from: slot,
-                        into: slot,
-                        at: done[i] as u64,
-                        tokens,
-                        want: Want::Last,
-                    };
-                    rows.push(row);
-                    done[i] += n;
-                }
-                if rows.is_empty() {
-                    break;
-                }
-                for (row, logits) in rows.iter().zip(steps(&mut model, &mut pool, &ids, &rows)) {
-                    last[row.seq.0 as usize] = logits;
-                }
-            }
-            for i in 0..batch {
-                let got = (bits(&last[i..=i]), flat(&pool.snapshot(SlotId(i as u32))));
-                assert!(got == alone[i], "{} sequence {i} of {batch}", case.name());
-            }
-        }
+        laws::batches(&mut models(&case).remove(0).1, &case.tokens, &case.name());
     }
 }
 
 #[test]
 fn snapshot_law_restoring_a_snapshot_is_the_identity() {
     for case in cases(SERVED) {
-        let (_, mut model) = models(&case).remove(0);
-        let mut pool = model.pool(4).expect("a pool");
-        (0..4).for_each(|s| pool.reset(SlotId(s)));
-        let (head, tail) = case.tokens.split_at(case.tokens.len() / 2);
-        read(&mut model, &mut pool, head, 0, 0, 0);
-        let snapshot = pool.snapshot(SlotId(0));
-        pool.restore(SlotId(1), &snapshot).expect("its own snapshot fits");
-        pool.copy(SlotId(0), SlotId(3));
-        assert_eq!(flat(&pool.snapshot(SlotId(1))), flat(&snapshot));
-
-        // Reading one slot and writing another leaves the first as it was and computes the same.
-        let forked = read(&mut model, &mut pool, tail, head.len(), 0, 2);
-        assert_eq!(flat(&pool.snapshot(SlotId(0))), flat(&snapshot), "{}", case.name());
-        let restored = read(&mut model, &mut pool, tail, head.len(), 1, 1);
-        let copied = read(&mut model, &mut pool, tail, head.len(), 3, 3);
-        let went_on = read(&mut model, &mut pool, tail, head.len(), 0, 0);
-        for (other, slot) in [(forked, 2), (restored, 1), (copied, 3)] {
-            assert!(bits(&other) == bits(&went_on), "{} slot {slot}", case.name());
-            assert_eq!(flat(&pool.snapshot(SlotId(slot))), flat(&pool.snapshot(SlotId(0))));
-        }
+        laws::snapshots(&mut models(&case).remove(0).1, &case.tokens, &case.name());
     }
 }
 

@@ -300,7 +300,7 @@ fn limits() -> impl Strategy<Value = Limits> {
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let life = prop::collection::vec(1..4usize, 0..6);
+    let life = prop::collection::vec(prop_oneof![Just(1usize), 1..9usize], 0..6);
     let stops = prop_oneof![2 => Just(BTreeSet::new()), 1 => prop::collection::btree_set(0..70usize, 1..6)];
     let submit = (0..4usize, 1..60usize, prop::collection::vec(life, 1..8), stops);
     prop_oneof![

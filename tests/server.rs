@@ -20,6 +20,8 @@ mod process;
 mod server;
 #[path = "server/sessions.rs"]
 mod sessions;
+#[path = "server/speculation.rs"]
+mod speculation;
 #[path = "support/store.rs"]
 mod store;
 #[path = "server/tenants.rs"]

@@ -23,6 +23,9 @@ pub struct Args {
     /// Numbers of streams that generate at once
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "1,16,64")]
     streams: Vec<u32>,
+    /// Also a step of one stream that reads a draft of so many tokens: what it brings if all of them are right
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=32))]
+    draft: Option<u32>,
     /// Runs of each measurement, of which the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
@@ -55,9 +58,9 @@ fn measure(args: &Args) -> anyhow::Result<()> {
     ensure!(args.streams.iter().all(|n| (1..=4096).contains(n)), "there can be 1 to 4096 streams");
     let opened = args.which.open()?;
     let most = args.streams.iter().copied().max().unwrap_or(1);
-    let mut bench = Bench { pool: opened.model.pool(most as usize)?, model: opened.model, runs: args.runs };
+    let mut bench = Bench { pool: opened.model.pool(most.max(2) as usize)?, model: opened.model, runs: args.runs };
     let bar = progress("measuring", "runs");
-    let all = args.streams.len() + 3;
+    let all = args.streams.len() + 3 + usize::from(args.draft.is_some());
     let (bandwidth, peak) = machine(args.runs);
     show(&bar, 2, all);
     // What a token takes: every weight but the embedding table, of which one row is looked up.
@@ -85,6 +88,12 @@ fn measure(args: &Args) -> anyhow::Result<()> {
         let work = if streams == 1 { "1 stream".into() } else { format!("{streams} streams") };
         lines.push(line(work, f64::from(streams * args.tokens), f64::from(args.tokens), times));
         show(&bar, n + 4, all);
+    }
+    if let Some(draft) = args.draft {
+        let (read, tokens) = (1 + draft, f64::from((1 + draft) * args.tokens));
+        let times = bench.drafted(read as usize, args.tokens as usize)?;
+        lines.push(line(format!("1 + draft of {draft}"), tokens, f64::from(args.tokens), times));
+        show(&bar, all, all);
     }
     bar.finish_and_clear();
     print(&if args.json { as_json(&lines, bandwidth, peak) } else { as_table(&lines, bandwidth, peak) })
@@ -152,6 +161,26 @@ impl Bench {
                 let rows: Vec<_> = (0..streams).map(row).collect();
                 logits.clear();
                 self.model.step(&mut self.pool, &ids, &rows, &mut logits)?;
+            }
+            times.push(clock::now() - began);
+        }
+        times.remove(0);
+        Ok(times)
+    }
+
+    /// Reads so many tokens in each step from one slot into another, with the logits of all, as the server does a draft.
+    fn drafted(&mut self, read: usize, steps: usize) -> anyhow::Result<Vec<Duration>> {
+        let ids = self.ids(read);
+        let (mut times, mut logits) = (Vec::new(), Vec::new());
+        for _ in 0..=self.runs {
+            self.pool.reset(SlotId(0));
+            let began = clock::now();
+            for step in 0..steps {
+                let [from, into] = if step % 2 == 0 { [0, 1] } else { [1, 0] }.map(SlotId);
+                let at = (step * read) as u64;
+                let row = Row { seq: SeqId(0), from, into, at, tokens: 0..read, want: Want::All };
+                logits.clear();
+                self.model.step(&mut self.pool, &ids, &[row], &mut logits)?;
             }
             times.push(clock::now() - began);
         }

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::app::{self, Opened};
 use crate::config;
-use crate::model::Checkpoint;
+use crate::model::{Checkpoint, Kind};
 use crate::text::Tokenizer;
 
 /// A checkpoint and what is added to it.
@@ -25,6 +25,9 @@ pub struct Which {
     /// State-tuned file that every text begins from
     #[arg(long, value_name = "FILE")]
     state: Option<PathBuf>,
+    /// Type that the large matrices get as they are loaded, as `convert --type` would make them [default: as they are]
+    #[arg(long, value_name = "TYPE", value_parser = config::parse_kind)]
+    quantize: Option<Kind>,
     /// LoRA adapter to merge
     #[arg(long, value_name = "FILE")]
     lora: Option<PathBuf>,
@@ -34,6 +37,11 @@ pub struct Which {
 }
 
 impl Which {
+    /// A checkpoint as it is stored.
+    pub fn of(file: &Path) -> Self {
+        Self { file: Some(file.to_owned()), ..Self::default() }
+    }
+
     /// The same as a model of the configuration.
     pub fn config(&self) -> config::Model {
         config::Model {
@@ -42,6 +50,7 @@ impl Which {
             state: self.state.clone(),
             lora: self.lora.clone(),
             lora_alpha: self.lora_alpha,
+            quantize: self.quantize,
             ..config::Model::default()
         }
     }

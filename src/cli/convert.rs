@@ -28,7 +28,7 @@ pub struct Args {
     to: PathBuf,
     /// Type of the large matrices: f32, f16, bf16; in GGUF also q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k. All else
     /// is small and keeps its type (f32 in GGUF) [default: as they are]
-    #[arg(long = "type", value_name = "TYPE", value_parser = kind)]
+    #[arg(long = "type", value_name = "TYPE", value_parser = config::parse_kind)]
     kind: Option<Kind>,
     /// LoRA adapter to merge; merged matrices get the type of the base, or the one of --type
     #[arg(long, value_name = "FILE")]
@@ -39,10 +39,6 @@ pub struct Args {
     /// The tokenizer a GGUF file gets: `world`, `bytes` or a vocabulary file [default: what the checkpoint says]
     #[arg(long, value_name = "NAME|FILE")]
     tokenizer: Option<String>,
-}
-
-fn kind(name: &str) -> Result<Kind, String> {
-    Kind::parse(name).ok_or_else(|| format!("there are {}", Kind::names()))
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {

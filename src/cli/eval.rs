@@ -1,4 +1,4 @@
-//! `rewake eval`: perplexity of a text, accuracy on LAMBADA.
+//! `rewake eval`: perplexity of a text, accuracy on LAMBADA, and how far a model is from another.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use crate::types::{Row, SeqId, SlotId, Want};
 const EXAMPLES: &str = "\
 Examples:
   rewake eval model.pth --text book.txt --limit 10000
+  rewake eval model.pth --quantize q4_0 --text book.txt --against model.pth   what quantising costs
   rewake eval model.pth --lambada lambada_test.jsonl --json";
 
 #[derive(Debug, clap::Args)]
@@ -28,6 +29,10 @@ pub struct Args {
     /// LAMBADA: a JSON object with a `text` in each line, whose last word is to be guessed
     #[arg(long, value_name = "FILE")]
     lambada: Option<PathBuf>,
+    /// Checkpoint, of the same vocabulary, from which the KL divergence of what is foretold is measured; it is taken as it is
+    /// stored, without --lora, --state and --quantize
+    #[arg(long, value_name = "FILE", conflicts_with = "lambada")]
+    against: Option<PathBuf>,
     /// Use only the first N tokens of the text, or the first N passages of LAMBADA
     #[arg(long, value_name = "N")]
     limit: Option<NonZeroUsize>,
@@ -49,6 +54,8 @@ struct Passage {
 /// A model that reads passages.
 struct Reader {
     model: Model,
+    /// What it is held against.
+    reference: Option<Model>,
     text: Arc<dyn Tokenizer>,
 }
 
@@ -60,12 +67,17 @@ struct Score {
     tokens: usize,
     /// Tokens that were not the likeliest.
     missed: usize,
+    /// Sum of the divergences from the reference, and of its own -ln p; tokens whose likeliest is another than its.
+    divergence: f64,
+    reference_nats: f64,
+    differs: usize,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let opened = args.which.open()?;
     let text = args.which.tokenizer(&opened)?;
-    let mut reader = Reader { model: opened.model, text };
+    let reference = args.against.as_deref().map(|file| reference(file, &opened.model)).transpose()?;
+    let mut reader = Reader { model: opened.model, reference, text };
     let limit = args.limit.map_or(usize::MAX, NonZeroUsize::get);
     let result = match (&args.text, &args.lambada) {
         (Some(file), _) => reader.perplexity(file, limit)?,
@@ -83,6 +95,14 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     print(&lines.map(|(key, value)| format!("{:<16}{}\n", key.replace('_', " "), shown(value))).collect::<String>())
 }
 
+/// Loads what `model` is held against.
+fn reference(file: &Path, model: &Model) -> anyhow::Result<Model> {
+    let opened = Which::of(file).open()?;
+    let (own, other) = (model.description().vocabulary, opened.model.description().vocabulary);
+    ensure!(own == other, "{} has a vocabulary of {other} tokens, and the model one of {own}", file.display());
+    Ok(opened.model)
+}
+
 impl Reader {
     /// Every token of the text given all before it; the end of a document stands before the first.
     fn perplexity(&mut self, file: &Path, limit: usize) -> anyhow::Result<serde_json::Value> {
@@ -90,7 +110,8 @@ impl Reader {
         let mut ids = self.text.encode_special(&text);
         ids.truncate(limit);
         // A model with a limited context reads the text in pieces that fit.
-        let piece = self.model.description().context.map_or(usize::MAX, |context| context.saturating_sub(1).max(1));
+        let contexts = self.models().filter_map(|model| model.description().context);
+        let piece = contexts.min().map_or(usize::MAX, |context| context.saturating_sub(1).max(1));
         let passages: Vec<_> = ids.chunks(piece).map(|ids| self.passage(&[], ids)).collect();
         let bytes: usize = passages.iter().map(|p| self.text.decode(&p.ids[p.scored..]).len()).sum();
         let scores = self.scores(&passages)?;
@@ -98,17 +119,31 @@ impl Reader {
             nats: a.nats + b.nats,
             tokens: a.tokens + b.tokens,
             missed: a.missed + b.missed,
+            divergence: a.divergence + b.divergence,
+            reference_nats: a.reference_nats + b.reference_nats,
+            differs: a.differs + b.differs,
         });
         ensure!(total.tokens > 0, "{} holds too little to judge", file.display());
         let mean = total.nats / total.tokens as f64;
-        Ok(json!({
+        let mut result = json!({
             "tokens": total.tokens,
             "bytes": bytes,
             "nats_per_token": mean,
             "perplexity": mean.exp(),
             "bits_per_byte": total.nats / std::f64::consts::LN_2 / bytes.max(1) as f64,
             "top1_agreement": 1.0 - total.missed as f64 / total.tokens as f64,
-        }))
+        });
+        if self.reference.is_some() {
+            let tokens = total.tokens as f64;
+            result["kl_divergence"] = json!(total.divergence / tokens);
+            result["same_top1"] = json!(1.0 - total.differs as f64 / tokens);
+            result["reference_perplexity"] = json!((total.reference_nats / tokens).exp());
+        }
+        Ok(result)
+    }
+
+    fn models(&self) -> impl Iterator<Item = &Model> {
+        std::iter::once(&self.model).chain(&self.reference)
     }
 
     /// The last word of each text, with the space before it, given what stands before, as the original evaluations do it.
@@ -150,23 +185,25 @@ impl Reader {
 
     /// Judges every passage, some of them at once. Which ones are together makes no difference.
     fn scores(&mut self, passages: &[Passage]) -> anyhow::Result<Vec<Score>> {
-        let mut pool = self.model.pool(SEQUENCES.min(passages.len()))?;
+        let pools = self.models().map(|model| model.pool(SEQUENCES.min(passages.len())));
+        let mut pools = pools.collect::<Result<Vec<_>, _>>()?;
         let bar = progress("reading", "passages");
         let mut scores = Vec::with_capacity(passages.len());
         for group in passages.chunks(SEQUENCES) {
-            scores.extend(self.group_scores(&mut pool, group)?);
+            scores.extend(self.group_scores(&mut pools, group)?);
             show(&bar, scores.len(), passages.len());
         }
         bar.finish_and_clear();
         Ok(scores)
     }
 
-    fn group_scores(&mut self, pool: &mut Pool, group: &[Passage]) -> anyhow::Result<Vec<Score>> {
+    /// `pools`: of the model, and of what it is held against.
+    fn group_scores(&mut self, pools: &mut [Pool], group: &[Passage]) -> anyhow::Result<Vec<Score>> {
         let vocabulary = self.model.description().vocabulary;
         let mut scores = vec![Score::default(); group.len()];
-        (0..group.len()).for_each(|slot| pool.reset(SlotId(slot as u32)));
+        pools.iter_mut().for_each(|pool| (0..group.len()).for_each(|slot| pool.reset(SlotId(slot as u32))));
         let each = STEP / group.len();
-        let (mut ids, mut rows, mut logits) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut ids, mut rows, mut logits, mut other) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for at in (0..).step_by(each) {
             ids.clear();
             rows.clear();
@@ -186,13 +223,23 @@ impl Reader {
             if rows.is_empty() {
                 return Ok(scores);
             }
-            self.model.step(pool, &ids, &rows, &mut logits)?;
+            self.model.step(&mut pools[0], &ids, &rows, &mut logits)?;
+            if let Some(reference) = &mut self.reference {
+                other.clear();
+                reference.step(&mut pools[1], &ids, &rows, &mut other)?;
+            }
             let mut given = logits.chunks_exact(vocabulary);
+            let mut expected = other.chunks_exact(vocabulary);
             for row in rows.iter().filter(|row| row.want == Want::All) {
                 let n = row.seq.0 as usize;
                 for (next, logits) in (at + 1..).zip(given.by_ref().take(row.tokens.len())) {
+                    let expected = expected.next();
                     if next >= group[n].scored {
-                        scores[n].add(logits, group[n].ids[next] as usize);
+                        let token = group[n].ids[next] as usize;
+                        scores[n].add(logits, token);
+                        if let Some(expected) = expected {
+                            scores[n].compare(logits, expected, token);
+                        }
                     }
                 }
             }
@@ -209,5 +256,36 @@ impl Score {
         self.nats += sum.ln() - f64::from(logits[token] - most);
         self.tokens += 1;
         self.missed += usize::from(logits[token] < most);
+    }
+
+    /// Adds how far this is from what another model gives: Σ p · ln(p / q), p the other's.
+    fn compare(&mut self, logits: &[f32], expected: &[f32], token: usize) {
+        let (q, p) = (Foretold::of(logits), Foretold::of(expected));
+        let divergence = |(id, &e): (usize, &f32)| p.ln(e).exp() * (p.ln(e) - q.ln(logits[id]));
+        // By rounding a sum of nothing may be a little less than nothing.
+        self.divergence += expected.iter().enumerate().map(divergence).sum::<f64>().max(0.0);
+        self.reference_nats -= p.ln(expected[token]);
+        self.differs += usize::from(logits[p.first] < q.most);
+    }
+}
+
+/// What turns a logit into a probability.
+struct Foretold {
+    first: usize,
+    most: f32,
+    ln_sum: f64,
+}
+
+impl Foretold {
+    fn of(logits: &[f32]) -> Self {
+        let first = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0);
+        let most = logits.get(first).copied().unwrap_or(0.0);
+        let ln_sum = logits.iter().map(|&l| f64::from(l - most).exp()).sum::<f64>().ln();
+        Self { first, most, ln_sum }
+    }
+
+    /// The ln of the probability of the token with this logit.
+    fn ln(&self, logit: f32) -> f64 {
+        f64::from(logit - self.most) - self.ln_sum
     }
 }

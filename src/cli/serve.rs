@@ -9,7 +9,8 @@ use tokio::net::TcpListener;
 
 use super::checkpoint::{print, progress, show};
 use crate::app::{self, App};
-use crate::config::{Config, Flags};
+use crate::config::{Config, Flags, parse_kind};
+use crate::model::Kind;
 use crate::session::ModelCard;
 use crate::telemetry;
 
@@ -24,6 +25,10 @@ pub struct Args {
     /// The alpha that adapter was trained with [default: as the adapter_config.json beside it says]
     #[arg(long, value_name = "ALPHA")]
     lora_alpha: Option<f32>,
+    /// Type that the large matrices get as they are loaded: q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k, or f16, bf16
+    /// [default: as they are stored]
+    #[arg(long, value_name = "TYPE", value_parser = parse_kind)]
+    quantize: Option<Kind>,
     /// State-tuned file that every new text begins from; further ones, by name for a request, stand in the configuration
     /// file ([[model.initial_state]])
     #[arg(long, value_name = "FILE")]
@@ -50,8 +55,8 @@ pub struct Args {
 
 /// Serves until the process is told to stop.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let Args { model, lora, lora_alpha, state, tokenizer, profile, host, port, state_dir, config } = args;
-    let flags = Flags { config, host, port, state_dir, model, lora, lora_alpha, state, tokenizer, profile };
+    let Args { model, lora, lora_alpha, quantize, state, tokenizer, profile, host, port, state_dir, config } = args;
+    let flags = Flags { config, host, port, state_dir, model, lora, lora_alpha, state, quantize, tokenizer, profile };
     // `vars` panics on a name that is not Unicode; such a variable is none of ours.
     let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
     let config = Config::load(&flags, environment)?;

@@ -5,6 +5,26 @@ use std::sync::Arc;
 use crate::model::{self, Model, Pool, Team};
 use crate::types::{Row, SegmentData, SlotId};
 
+/// Whether drafted tokens are read before they are sampled. The output is the same in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Speculation {
+    Off,
+    /// Drafts of so many tokens at most, where steps as measured make them worth while.
+    UpTo(usize),
+    /// Drafts of so many tokens wherever there is a guess, whatever it costs: for tests and measurements.
+    Always(usize),
+}
+
+impl Speculation {
+    /// Tokens in the longest draft.
+    pub fn most(self) -> usize {
+        match self {
+            Self::Off => 0,
+            Self::UpTo(most) | Self::Always(most) => most,
+        }
+    }
+}
+
 /// Something that reads tokens into slots of state and gives logits.
 ///
 /// What a row computes must depend on nothing but the row's slot and tokens. A failed [`step`](Backend::step) may leave
@@ -24,6 +44,10 @@ pub trait Backend: Send {
     fn snapshot(&self, slot: SlotId) -> Vec<SegmentData>;
     /// Makes one slot equal to another.
     fn copy(&mut self, from: SlotId, into: SlotId);
+    /// Whether a step may read tokens that were not sampled yet.
+    fn speculation(&self) -> Speculation {
+        Speculation::Off
+    }
     /// Runs `task` for every number below `tasks`, on as many threads as there are for it.
     fn share(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         (0..tasks).for_each(task);
@@ -35,13 +59,20 @@ pub struct ModelBackend {
     model: Model,
     pool: Pool,
     team: Arc<Team>,
+    speculation: Speculation,
 }
 
 impl ModelBackend {
     /// Room for `slots` states of `model`.
     pub fn new(model: Model, slots: usize, team: Arc<Team>) -> Result<Self, model::Error> {
         let pool = model.pool(slots)?;
-        Ok(Self { model, pool, team })
+        Ok(Self { model, pool, team, speculation: Speculation::Off })
+    }
+
+    /// The same with drafts, unless states grow with the text: a draft runs into a copy of the state.
+    pub fn speculating(self, speculation: Speculation) -> Self {
+        let grows = self.model.description().state_bytes_per_token > 0;
+        Self { speculation: if grows { Speculation::Off } else { speculation }, ..self }
     }
 }
 
@@ -53,7 +84,7 @@ impl Backend for ModelBackend {
         self.pool.slots()
     }
     fn step(&mut self, ids: &[u32], rows: &[Row], logits: &mut Vec<f32>) -> Result<(), String> {
-        let Self { model, pool, team } = self;
+        let Self { model, pool, team, .. } = self;
         team.install(|| model.step(pool, ids, rows, logits)).map_err(|e| e.to_string())
     }
     fn reset(&mut self, slot: SlotId) {
@@ -67,6 +98,9 @@ impl Backend for ModelBackend {
     }
     fn copy(&mut self, from: SlotId, into: SlotId) {
         self.pool.copy(from, into);
+    }
+    fn speculation(&self) -> Speculation {
+        self.speculation
     }
     fn share(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         if tasks > 1 {

@@ -5,8 +5,11 @@
 
 mod backend;
 mod coin;
+mod draft;
+mod draw;
 mod response;
 mod run;
+mod worth;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,7 +23,7 @@ use crate::text::{Tokenizer, Trim};
 use crate::types::{Finish, Memory, Sampling, SegmentData, Tenant};
 
 pub use crate::model::ARITHMETIC;
-pub use backend::{Backend, ModelBackend};
+pub use backend::{Backend, ModelBackend, Speculation};
 
 /// Some choices of one prompt.
 #[derive(Clone, Debug)]

@@ -35,6 +35,9 @@ pub struct Response {
     recent: Vec<u32>,
     /// The end token that ended it.
     ended_by: Option<u32>,
+    /// The most tokens a state had read, at any time so far, of which none turned out to be held back then: what a stop
+    /// string may take out of the response is never in a state of so many.
+    anchor: usize,
 }
 
 /// What one more token means.
@@ -86,6 +89,7 @@ impl Response {
             counts: if job.goes_on { Counts::import(&memory.counts) } else { Counts::new() },
             recent,
             ended_by: None,
+            anchor: 0,
         }
     }
 
@@ -133,6 +137,10 @@ impl Response {
         self.recent.push(token);
         self.counts.add(token, self.sampling.penalty_decay);
         let piece = self.output.push(bytes);
+        // The state from which this token was sampled has not read it.
+        if self.tokens.len() - 1 <= self.delivered_tokens() {
+            self.anchor = self.tokens.len() - 1;
+        }
         let finish =
             if piece.stopped { Some(Finish::Stop) } else { (self.sampled() >= self.wanted).then_some(Finish::Length) };
         Accepted { text: piece.text, finish }
@@ -183,14 +191,31 @@ impl Response {
         self.start + fed as u64
     }
 
-    /// The token that no state has read yet.
-    pub fn last(&self) -> Option<u32> {
-        self.tokens.last().copied()
+    /// The tokens that a state which has read `fed` of them has not read.
+    pub fn unread(&self, fed: usize) -> &[u32] {
+        &self.tokens[fed..]
     }
 
     /// The first `fed` tokens.
     pub fn fed(&self, fed: usize) -> &[u32] {
         &self.tokens[..fed]
+    }
+
+    /// How many tokens the state to be kept of an ended response has read.
+    pub fn keeps(&self) -> usize {
+        // After an end token everything was read.
+        let all = self.tokens.len();
+        if self.ended_by.is_some() && all <= self.delivered_tokens() { all } else { self.anchor }
+    }
+
+    /// How many tokens it may still get.
+    pub fn left(&self) -> u64 {
+        self.wanted.saturating_sub(self.sampled())
+    }
+
+    /// Up to [`TAIL`] ids before the response, then its tokens; it only ever grows.
+    pub fn recent(&self) -> &[u32] {
+        &self.recent
     }
 
     pub fn counts(&self) -> Vec<(u32, f32)> {

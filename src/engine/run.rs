@@ -10,9 +10,11 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::draft::Drafter;
+use super::draw::{Draw, Drawn, Logits};
 use super::response::Response;
+use super::worth::{Ahead, Costs};
 use super::{Backend, Checkpoint, Event, Gauges, Job, Kept, Permit, Submission};
-use crate::sample;
 use crate::scheduler::{JobId, Limits, Need, Next, Plan, Scheduler, Seat, Span};
 use crate::telemetry::{clock, metrics};
 use crate::text::Tokenizer;
@@ -31,6 +33,7 @@ pub(super) struct Engine {
     /// Of the step under way; kept so that no step allocates them.
     ids: Vec<u32>,
     logits: Vec<f32>,
+    costs: Costs,
 }
 
 /// A job in the engine, waiting or running.
@@ -48,53 +51,45 @@ struct Live {
     choices: Vec<Option<Choice>>,
 }
 
-struct Choice {
-    response: Response,
-    place: Place,
-}
-
-/// A choice whose next token is to be chosen.
-struct Draw<'a> {
-    job: JobId,
-    choice: usize,
-    logits: Logits<'a>,
-    token: Option<Result<u32, sample::Error>>,
-}
-
-enum Logits<'a> {
-    /// The step's own.
-    Own(&'a mut [f32]),
-    Copy(Vec<f32>),
-}
-
-impl<'a> Draw<'a> {
-    fn of(job: JobId, choice: usize, logits: Logits<'a>) -> Self {
-        Self { job, choice, logits, token: None }
-    }
+pub(super) struct Choice {
+    pub response: Response,
+    pub place: Place,
+    pub drafter: Drafter,
+    /// What its next row reads after the tokens that wait, not knowing yet whether it will be the response's.
+    pub draft: Vec<u32>,
+    /// The state after the draft and how many tokens it has read, while that is being found out.
+    pub ahead: Option<(SlotId, usize)>,
+    /// How it ended, while the state to be kept of it has still to read on.
+    pub ending: Option<Finish>,
 }
 
 /// Where a sequence's state is.
 #[derive(Clone, Copy, Debug)]
-struct Place {
-    current: SlotId,
+pub(super) struct Place {
+    pub current: SlotId,
     /// How many tokens of the response `current` has read.
-    fed: usize,
+    pub fed: usize,
     /// An earlier state and how many tokens it has read: kept while text after it is held back, because a stop string
     /// may yet take that text out of the response, and a recurrent state cannot unread.
-    anchor: Option<(SlotId, usize)>,
+    pub anchor: Option<(SlotId, usize)>,
     /// Other choices begin from `current` in the next step: it must not be written over in it.
-    shared: bool,
+    pub shared: bool,
 }
 
 impl Place {
-    /// The slot the next step writes, of the two that are the sequence's own.
-    fn into(self, own: [SlotId; 2]) -> SlotId {
-        let keep = self.shared || self.anchor.is_some_and(|(slot, _)| slot == self.current);
+    /// The slot the next step writes, of the two that are the sequence's own; never the current one if that must `stay`.
+    fn into(self, own: [SlotId; 2], stay: bool) -> SlotId {
+        let keep = stay || self.shared || self.anchor.is_some_and(|(slot, _)| slot == self.current);
         if own.contains(&self.current) && !keep {
             return self.current;
         }
         let kept = [Some(self.current), self.anchor.map(|(slot, _)| slot)];
         own.into_iter().find(|&slot| !kept.contains(&Some(slot))).expect("one of two slots is not the anchor")
+    }
+
+    /// Whether a slot is left for what follows the current state, which stays.
+    pub fn has_spare(self, own: [SlotId; 2]) -> bool {
+        own.contains(&self.current) && self.anchor.is_none_or(|(slot, _)| slot == self.current)
     }
 }
 
@@ -119,6 +114,7 @@ impl Engine {
             gauges,
             ids: Vec::new(),
             logits: Vec::new(),
+            costs: Costs::new(),
         }
     }
 
@@ -229,44 +225,57 @@ impl Engine {
             return;
         }
         let mut logits = std::mem::take(&mut self.logits);
-        let mut wanted = logits.chunks_exact_mut(self.backend.vocabulary());
-        let mut draws = Vec::new();
-        for (span, row) in spans.into_iter().zip(rows) {
+        let mut wanted = logits.as_mut_slice();
+        let (mut draws, mut ended) = (Vec::new(), Vec::new());
+        for (span, row) in spans.iter().zip(rows) {
             self.moved(span, &row);
-            if row.want == Want::Nothing {
-                continue;
-            }
-            let logits = wanted.next().expect("one position of logits for each row that wants them");
+            let positions = match row.want {
+                Want::Nothing => {
+                    ended.extend(span.choice.map(|choice| (span.job, choice)));
+                    continue;
+                }
+                Want::From(first) => row.tokens.len() - first,
+                Want::Last | Want::All => 1,
+            };
+            let logits = wanted.split_off_mut(..positions * self.backend.vocabulary());
+            let logits = logits.expect("logits of every position that a row wants them of");
             let choices = span.choice.map_or_else(|| self.begin(span.job), |choice| choice..choice + 1);
             // Sampling spoils the logits, so choices that begin from the same ones have copies.
-            let copy = |choice| Draw::of(span.job, choice, Logits::Copy(logits.to_vec()));
-            let copies: Vec<_> = choices.clone().skip(1).map(copy).collect();
-            draws.push(Draw::of(span.job, choices.start, Logits::Own(logits)));
-            draws.extend(copies);
+            let copies: Vec<_> = choices.clone().skip(1).map(|_| Logits::Copy(logits.to_vec())).collect();
+            let live = self.jobs.get_mut(&span.job).expect("only live jobs are planned");
+            for (index, logits) in choices.zip(std::iter::once(Logits::Own(logits)).chain(copies)) {
+                let choice = live.choices[index].take().expect("only live choices are planned");
+                draws.push(Draw { job: span.job, index, choice, logits, drawn: Drawn::default() });
+            }
         }
-        for (job, choice, token) in self.sample(draws) {
-            self.advance(job, choice, token);
+        let drawn = self.sample(draws);
+        if spans.iter().all(|span| span.choice.is_some()) {
+            self.costs.measured(self.ids.len(), clock::now() - began);
+        }
+        let mut ahead = Ahead { tokens: drawn.len(), streams: drawn.len(), waiting: 1, trust: 0.0 };
+        for (job, index, drawn) in drawn {
+            ahead.tokens += self.advance(job, index, (drawn, ahead));
+        }
+        for (job, index) in ended {
+            self.complete(job, index);
         }
         self.logits = logits;
     }
 
-    /// Chooses the next token of every choice in `draws`, which do not depend on each other, on all processors.
-    fn sample(&self, draws: Vec<Draw>) -> Vec<(JobId, usize, Result<u32, sample::Error>)> {
-        let (jobs, draws) = (&self.jobs, draws.into_iter().map(Mutex::new).collect::<Vec<_>>());
+    /// Chooses the next tokens of every choice in `draws`, which do not depend on each other, on all processors, and puts
+    /// the choices back.
+    fn sample(&mut self, draws: Vec<Draw>) -> Vec<(JobId, usize, Drawn)> {
+        let draws: Vec<_> = draws.into_iter().map(Mutex::new).collect();
+        let (vocabulary, text) = (self.backend.vocabulary(), &*self.text);
         self.backend.share(draws.len(), &|n| {
-            let mut draw = draws[n].lock().unwrap_or_else(PoisonError::into_inner);
-            let choice = jobs.get(&draw.job).and_then(|live| live.choices[draw.choice].as_ref());
-            let logits = match &mut draw.logits {
-                Logits::Own(logits) => logits,
-                Logits::Copy(copy) => copy.as_mut_slice(),
-            };
-            draw.token = choice.map(|choice| choice.response.sample(logits));
+            draws[n].lock().unwrap_or_else(PoisonError::into_inner).run(vocabulary, text);
         });
-        let token = |draw: Mutex<Draw>| {
-            let Draw { job, choice, token, .. } = draw.into_inner().unwrap_or_else(PoisonError::into_inner);
-            Some((job, choice, token?))
+        let put_back = |draw: Mutex<Draw>| {
+            let Draw { job, index, choice, drawn, .. } = draw.into_inner().unwrap_or_else(PoisonError::into_inner);
+            self.jobs.get_mut(&job)?.choices[index] = Some(choice);
+            Some((job, index, drawn))
         };
-        draws.into_iter().filter_map(token).collect()
+        draws.into_iter().filter_map(put_back).collect()
     }
 
     /// Gives a job its seats and puts its state there.
@@ -288,25 +297,28 @@ impl Engine {
     fn row(&mut self, span: &Span) -> Row {
         let live = &self.jobs[&span.job];
         let start = self.ids.len();
-        let (place, at) = match span.choice {
+        let (place, at, stay, want) = match span.choice {
             None => {
                 self.ids.extend_from_slice(&live.job.ids[span.tokens.clone()]);
-                (live.prompt, live.job.at() + span.tokens.start as u64)
+                let want = if span.last { Want::Last } else { Want::Nothing };
+                (live.prompt, live.job.at() + span.tokens.start as u64, false, want)
             }
             Some(choice) => {
                 let choice = live.choices[choice].as_ref().expect("only live choices are planned");
-                self.ids.extend(choice.response.last());
-                (choice.place, choice.response.position(choice.place.fed))
+                self.ids.extend_from_slice(choice.waiting());
+                self.ids.extend_from_slice(&choice.draft);
+                let at = choice.response.position(choice.place.fed);
+                (choice.place, at, !choice.draft.is_empty(), choice.wants())
             }
         };
         Row {
             // One number for each choice of each job; the prompt is its first choice's.
             seq: SeqId(span.job.0 << 16 | span.choice.unwrap_or(0) as u64),
             from: place.current,
-            into: place.into(span.seat.slots()),
+            into: place.into(span.seat.slots(), stay),
             at,
             tokens: start..self.ids.len(),
-            want: if span.last { Want::Last } else { Want::Nothing },
+            want,
         }
     }
 
@@ -322,12 +334,7 @@ impl Engine {
                     (wanted.to)(Checkpoint { read, answer: Vec::new(), segments });
                 }
             }
-            Some(choice) => {
-                let choice = live.choices[choice].as_mut().expect("only live choices are planned");
-                choice.place.current = row.into;
-                choice.place.shared = false;
-                choice.place.fed += 1;
-            }
+            Some(choice) => live.choices[choice].as_mut().expect("only live choices are planned").moved(row),
         }
     }
 
@@ -337,31 +344,41 @@ impl Engine {
         let (first, n) = (live.job.first_choice, live.job.choices);
         let fed = live.response.tokens();
         let place = Place { fed, shared: n > 1, ..live.prompt };
-        let choice = |j| Some(Choice { response: live.response.for_choice(first + j), place });
+        let speculation = self.backend.speculation();
+        let choice = |j| Some(Choice::new(live.response.for_choice(first + j), place, speculation));
         live.choices = (0..n).map(choice).collect();
         0..n
     }
 
-    /// Takes a choice's next token, sends its text and says how the choice goes on.
-    fn advance(&mut self, id: JobId, index: usize, token: Result<u32, sample::Error>) {
-        let Some(live) = self.jobs.get_mut(&id) else { return };
-        let Some(choice) = live.choices[index].as_mut() else { return };
-        let accepted = match token {
-            Ok(token) => choice.response.accept(token, &*self.text),
-            Err(why) => return self.fail(id, &why.to_string()),
-        };
-        if !accepted.text.is_empty() {
-            send(&live.events, Event::Text { choice: index, text: accepted.text });
+    /// Sends the text of a choice's next tokens and says how the choice goes on; gives the tokens that its next row has
+    /// beyond the one that every step reads.
+    fn advance(&mut self, id: JobId, index: usize, (mut drawn, ahead): (Drawn, Ahead)) -> usize {
+        let Some(live) = self.jobs.get_mut(&id) else { return 0 };
+        let Some(choice) = live.choices[index].as_mut() else { return 0 };
+        for text in drawn.said.iter_mut().filter(|text| !text.is_empty()) {
+            send(&live.events, Event::Text { choice: index, text: std::mem::take(text) });
         }
-        if let Some(finish) = accepted.finish {
-            return self.finish(id, index, finish);
+        if !choice.draft.is_empty() {
+            metrics::speculation(&self.name, choice.draft.len(), drawn.right);
         }
+        choice.settle(&drawn, live.job.keeps());
+        match drawn.end {
+            None => {}
+            Some(Ok(finish)) => {
+                self.finish(id, index, finish);
+                return 0;
+            }
+            Some(Err(why)) => {
+                self.fail(id, &why.to_string());
+                return 0;
+            }
+        }
+        let own = live.seats[index].slots();
         if live.job.keeps() {
             let (place, delivered) = (&mut choice.place, choice.response.delivered_tokens());
             if delivered == choice.response.tokens() {
                 place.anchor = None;
             } else if place.fed <= delivered {
-                let own = live.seats[index].slots();
                 // The prompt's state is in another choice's seat, which will write over it.
                 if !own.contains(&place.current) {
                     self.backend.copy(place.current, own[1]);
@@ -371,14 +388,31 @@ impl Engine {
                 }
             }
         }
-        self.scheduler.commit(id, index, Next::Tokens(1));
+        let more = choice.look_ahead(own, ahead, (&self.costs, self.backend.speculation()));
+        self.scheduler.commit(id, index, Next::Tokens(1 + more));
+        more
+    }
+
+    /// Ends a choice whose state has read on to what is kept of it.
+    fn complete(&mut self, id: JobId, index: usize) {
+        let choice = self.jobs.get_mut(&id).and_then(|live| live.choices[index].as_mut());
+        if let Some(finish) = choice.and_then(|choice| choice.ending.take()) {
+            self.finish(id, index, finish);
+        }
     }
 
     /// Ends a choice, and with its last choice the job.
     fn finish(&mut self, id: JobId, index: usize, mut finish: Finish) {
-        self.scheduler.commit(id, index, Next::Done);
         let Some(live) = self.jobs.get_mut(&id) else { return };
-        let Some(Choice { mut response, place }) = live.choices[index].take() else { return };
+        if let Some(choice) = live.choices[index].as_mut().filter(|_| live.job.keep) {
+            let behind = choice.rewind();
+            if behind > 0 {
+                choice.ending = Some(finish);
+                return self.scheduler.commit(id, index, Next::Tokens(behind));
+            }
+        }
+        self.scheduler.commit(id, index, Next::Done);
+        let Some(Choice { mut response, place, .. }) = live.choices[index].take() else { return };
         // What is held back at the token limit goes out now, or, when the response may go on, with what follows it.
         if finish == Finish::Length && !live.job.keep {
             let text = response.flush();

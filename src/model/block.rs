@@ -389,6 +389,7 @@ impl Model {
                 Want::Nothing => {}
                 Want::Last => wanted.push(row.tokens.end - 1),
                 Want::All => wanted.extend(row.tokens.clone()),
+                Want::From(first) => wanted.extend(row.tokens.clone().skip(first)),
             }
         }
         if at != ids.len() {

@@ -7,6 +7,7 @@
 //! what makes the chunk, batch and snapshot laws hold bit for bit.
 
 mod block;
+mod cast;
 mod channel_mix;
 mod convert;
 mod copy_head;

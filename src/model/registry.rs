@@ -2,7 +2,7 @@
 
 use super::block::{Block, Description, Model, Parts, Sizes};
 use super::generation::Generation;
-use super::kernels::Weight;
+use super::kernels::{Kind, Weight};
 use super::linear::LayerNorm;
 use super::weights::{Checkpoint, Loader};
 use super::{Error, v1, v2, v3, v4, v5, v6, v7, v7a, v7b, v8};
@@ -29,13 +29,16 @@ const GENERATIONS: &[Generation] = &[
 pub struct LoadOptions<'a> {
     /// A state-tuned file whose `blocks.N.att.time_state` every fresh sequence starts from.
     pub initial_state: Option<&'a Checkpoint>,
+    /// What large matrices become as they are loaded, as a conversion to GGUF would make them: another model, with the
+    /// fingerprint of that file. Everything else, small and sensitive, stays.
+    pub quantise: Option<Kind>,
     /// Called with (bytes of weights loaded, bytes in all).
     pub progress: &'a dyn Fn(usize, usize),
 }
 
 impl Default for LoadOptions<'_> {
     fn default() -> Self {
-        Self { initial_state: None, progress: &|_, _| {} }
+        Self { initial_state: None, quantise: None, progress: &|_, _| {} }
     }
 }
 
@@ -46,7 +49,7 @@ impl Default for LoadOptions<'_> {
 pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Model, Error> {
     let generation = generation(checkpoint)?;
     let sizes = Sizes::of(checkpoint, generation.embedding)?;
-    let loader = Loader::new(checkpoint, generation.name, options.progress);
+    let loader = Loader::new(checkpoint, generation.name, options.progress).quantising(options.quantise)?;
     let description = Description {
         generation: generation.name,
         layers: sizes.layers,

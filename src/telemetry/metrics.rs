@@ -22,6 +22,8 @@ const BETWEEN_TOKENS: &str = "rewake_time_between_tokens_seconds";
 const QUEUE_WAITING: &str = "rewake_queue_waiting";
 const SEATS_RUNNING: &str = "rewake_seats_running";
 const SEATS_TOTAL: &str = "rewake_seats_total";
+const DRAFTED: &str = "rewake_drafted_tokens_total";
+const DRAFTED_RIGHT: &str = "rewake_drafted_tokens_accepted_total";
 const STEPS: &str = "rewake_steps_total";
 const STEP_TOKENS: &str = "rewake_step_tokens_total";
 const STEP_DURATION: &str = "rewake_step_duration_seconds";
@@ -81,6 +83,8 @@ fn describe() {
     describe_gauge!(QUEUE_WAITING, Unit::Count, "Sequences admitted and waiting for a seat.");
     describe_gauge!(SEATS_RUNNING, Unit::Count, "Seats of the batch in use.");
     describe_gauge!(SEATS_TOTAL, Unit::Count, "Seats of the batch.");
+    describe_counter!(DRAFTED, Unit::Count, "Tokens read as a draft before they were sampled.");
+    describe_counter!(DRAFTED_RIGHT, Unit::Count, "Those of them that were sampled indeed.");
     describe_counter!(STEPS, Unit::Count, "Forward steps of the model.");
     describe_counter!(STEP_TOKENS, Unit::Count, "Tokens read by forward steps.");
     describe_histogram!(STEP_DURATION, Unit::Seconds, "Time of one forward step, sampling included.");
@@ -143,6 +147,12 @@ pub fn step(model: &str, tokens: usize, took: Duration) {
     counter!(STEPS, "model" => model.to_owned()).increment(1);
     counter!(STEP_TOKENS, "model" => model.to_owned()).increment(tokens as u64);
     histogram!(STEP_DURATION, "model" => model.to_owned()).record(took);
+}
+
+/// A draft of one answer was compared with what was sampled.
+pub fn speculation(model: &str, drafted: usize, right: usize) {
+    counter!(DRAFTED, "model" => model.to_owned()).increment(drafted as u64);
+    counter!(DRAFTED_RIGHT, "model" => model.to_owned()).increment(right as u64);
 }
 
 /// A state is durable.
@@ -221,6 +231,7 @@ mod tests {
         time_between_tokens("m", took);
         occupancy("m", 3, 2, 8);
         step("m", 5, took);
+        speculation("m", 7, 3);
         state_stored(1000, took);
         state_failed();
         prefix_looked_up("m", 7, 48);
@@ -243,6 +254,8 @@ mod tests {
             (r#"rewake_seats_total{model="m"}"#, 8.0),
             (r#"rewake_steps_total{model="m"}"#, 1.0),
             (r#"rewake_step_tokens_total{model="m"}"#, 5.0),
+            (r#"rewake_drafted_tokens_total{model="m"}"#, 7.0),
+            (r#"rewake_drafted_tokens_accepted_total{model="m"}"#, 3.0),
             (r#"rewake_prefix_lookups_total{model="m",outcome="hit"}"#, 1.0),
             (r#"rewake_prefix_lookups_total{model="m",outcome="miss"}"#, 1.0),
             (r#"rewake_prefix_tokens_total{model="m"}"#, 7.0),

@@ -29,6 +29,8 @@ pub enum Want {
     Last,
     /// The logits after every token.
     All,
+    /// The logits after the span's token of this index, from 0, and after each that follows it.
+    From(usize),
 }
 
 /// A part of a sequence's state, declared by the mixer that owns it. Pool, codec and snapshots iterate over these and

@@ -170,3 +170,36 @@ fn what_cannot_be_judged_is_told_by_line() {
     let error = run!("eval", data("v7_bf16"), "--text", at("one")).error();
     assert!(error.contains("the tokenizer: none is known for a vocabulary of 320 ids"), "{error}");
 }
+
+#[test]
+fn divergence_is_what_the_logits_say() {
+    let folder = folder();
+    let file = write(&folder.path().join("story.txt"), STORY);
+    let demo = root().join("assets/demo/model.safetensors").display().to_string();
+    let bytes = std::fs::read(root().join("assets/demo/tokenizer.json")).expect("the tokenizer");
+    let tokenizer = text::from_json(&bytes).expect("a tokenizer");
+    let ids: Vec<_> = tokenizer.end_of_text().into_iter().chain(tokenizer.encode_special(STORY)).collect();
+
+    let same = json_of(&["--text", &file, "--against", &demo]);
+    assert_eq!((&same["kl_divergence"], &same["same_top1"]), (&json!(0.0), &json!(1.0)));
+    assert_eq!(same["reference_perplexity"], same["perplexity"]);
+
+    let quantised = ["--quantize", "q4_0"];
+    let found = json_of(&["--text", &file, "--against", &demo, quantised[0], quantised[1]]);
+    let (p, q) = (logits(&[], &ids[..ids.len() - 1]), logits(&quantised, &ids[..ids.len() - 1]));
+    let probabilities = |row: &Vec<f32>| {
+        let exp: Vec<f64> = row.iter().map(|&l| f64::from(l).exp()).collect();
+        let sum: f64 = exp.iter().sum();
+        exp.into_iter().map(|e| e / sum).collect::<Vec<_>>()
+    };
+    let divergence = |(p, q): (&Vec<f32>, &Vec<f32>)| -> f64 {
+        probabilities(p).iter().zip(probabilities(q)).map(|(p, q)| p * (p / q).ln()).sum()
+    };
+    let mean = p.iter().zip(&q).map(divergence).sum::<f64>() / p.len() as f64;
+    assert!(mean > 1e-4, "{mean}");
+    near(&found["kl_divergence"], mean, "divergence");
+    near(&found["reference_perplexity"], same["perplexity"].as_f64().expect("a number"), "perplexity of the reference");
+    let other = data("v7_bf16/model.safetensors").display().to_string();
+    let refused = run!("eval", "--text", file, "--against", other).error();
+    assert!(refused.contains("vocabulary of 320"), "{refused}");
+}

@@ -102,14 +102,14 @@ fn client(config: &Config, store: &Arc<InMemory>) -> Client {
 }
 
 /// What a stored state remembers.
-async fn memory(store: &Arc<InMemory>, id: &str) -> Memory {
+pub async fn memory(store: &Arc<InMemory>, id: &str) -> Memory {
     let id = StateId::parse(id).expect("an id");
     let snapshot = Archive::new(store.clone()).load(&Tenant::local(), &id, 0).await;
     snapshot.expect("a store").expect("it is there").memory
 }
 
 /// The texts of all choices.
-fn texts(reply: &Reply) -> Vec<String> {
+pub fn texts(reply: &Reply) -> Vec<String> {
     let reply = reply.json();
     let choices = reply["choices"].as_array().expect("choices");
     let text = |choice: &Value| choice["text"].as_str().or(choice["message"]["content"].as_str()).map(String::from);

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rewake::engine::Backend;
+use rewake::engine::{Backend, Speculation};
 use rewake::types::{Row, SegmentData, SlotId, Want};
 
 /// Bytes that make text with characters of several bytes, white space and stop strings.
@@ -18,6 +18,9 @@ pub struct Toy {
     pub tokens: Arc<AtomicUsize>,
     /// Fails in this step, by an error or by a panic.
     pub fail_at: Option<(usize, Failure)>,
+    pub speculation: Speculation,
+    /// How many states there are: with few, text soon repeats itself.
+    pub states: f32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,6 +37,8 @@ impl Toy {
             steps: Arc::default(),
             tokens: Arc::default(),
             fail_at: None,
+            speculation: Speculation::Off,
+            states: 65_521.0,
         }
     }
 }
@@ -44,6 +49,9 @@ impl Backend for Toy {
     }
     fn slots(&self) -> usize {
         self.memory.len()
+    }
+    fn speculation(&self) -> Speculation {
+        self.speculation
     }
     fn step(&mut self, ids: &[u32], rows: &[Row], logits: &mut Vec<f32>) -> Result<(), String> {
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
@@ -60,16 +68,19 @@ impl Backend for Toy {
             assert!(!twice && !shared, "a slot is written by one row and used by another: {rows:?}");
             let mut hash = self.memory[row.from.0 as usize];
             assert!(!hash.is_nan(), "a slot is read that was never written");
-            for &id in &ids[row.tokens.clone()] {
-                hash = (hash * 131.0 + id as f32 * 7.0 + 3.0) % 65_521.0;
-                if row.want == Want::All {
+            for (n, &id) in ids[row.tokens.clone()].iter().enumerate() {
+                hash = (hash * 131.0 + id as f32 * 7.0 + 3.0) % self.states;
+                let last = n + 1 == row.tokens.len();
+                if match row.want {
+                    Want::Nothing => false,
+                    Want::Last => last,
+                    Want::All => true,
+                    Want::From(first) => n >= first,
+                } {
                     self.logits(hash, logits);
                 }
             }
             self.memory[row.into.0 as usize] = hash;
-            if row.want == Want::Last {
-                self.logits(hash, logits);
-            }
         }
         Ok(())
     }

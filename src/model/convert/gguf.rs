@@ -1,6 +1,6 @@
 //! GGUF as llama.cpp's own converter writes it: architectures `rwkv6` and `rwkv7`.
 
-use super::{Conversion, Error, Kind, Op, Out, Target, is_large_matrix, registry};
+use super::{Conversion, Error, Kind, Op, Out, Target, becomes, registry};
 use crate::model::weights::gguf::{Array, Value, header};
 use crate::model::weights::names::llama::{self, Architecture, Form};
 
@@ -112,13 +112,8 @@ impl<'a> Plan<'a> {
 
     /// Large matrices become what was asked for; llama.cpp wants everything else in f32.
     fn kind(&self, original: &str, shape: &[usize]) -> Kind {
-        if !is_large_matrix(original, shape) {
-            return Kind::F32;
-        }
         let own = self.conversion.checkpoint.tensors()[original].kind;
-        let wanted = self.conversion.kind.unwrap_or(own);
-        // As llama.cpp's quantiser: where rows are not whole blocks, something that fits.
-        [wanted, Kind::Q8_0, Kind::F16].into_iter().find(|kind| kind.tensor_bytes(shape).is_some()).unwrap_or(Kind::F16)
+        becomes(original, shape, self.conversion.kind.unwrap_or(own)).unwrap_or(Kind::F32)
     }
 
     fn metadata(&self, targets: &[Target]) -> Result<Vec<(String, Value)>, Error> {

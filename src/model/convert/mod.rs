@@ -3,14 +3,13 @@
 //! A format turns the checkpoint into a list of [`Target`]s and says what stands before, between and behind their bytes;
 //! tensors are read, converted and written one at a time.
 
-mod cast;
 mod gguf;
 mod pth;
 mod safetensors;
 
 use std::io::{Seek, Write};
 
-use super::kernels::Weight;
+use super::cast::{becomes, cast, is_large_matrix};
 use super::weights::names::Op;
 use super::{Checkpoint, Error, Kind, TensorInfo, registry};
 
@@ -129,7 +128,7 @@ impl Conversion<'_> {
                 read.check_finite(name)?;
                 let made = ops.iter().try_fold(read, |weight, op| op.apply(weight));
                 let made = made.ok_or_else(|| Error::Convert(format!("`{name}` does not fit `{}`", target.name)))?;
-                bytes.extend_from_slice(cast::cast(name, made, target.kind)?.bytes());
+                bytes.extend_from_slice(cast(name, made, target.kind)?.bytes());
                 self.checkpoint.release(name);
             }
             // Its parts may have other sizes than those it was planned by.
@@ -141,9 +140,4 @@ impl Conversion<'_> {
         }
         Ok(())
     }
-}
-
-/// Whether a tensor is a linear layer, the embedding or the head: nearly all bytes, and the least sensitive ones.
-fn is_large_matrix(name: &str, shape: &[usize]) -> bool {
-    name.ends_with(".weight") && matches!(shape, [rows, cols] if *rows > 1 && *cols > 1)
 }

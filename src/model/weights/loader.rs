@@ -4,13 +4,16 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Checkpoint, Error};
-use crate::model::kernels::Weight;
+use crate::model::cast::{becomes, cast};
+use crate::model::kernels::{Kind, Weight};
 
 /// Takes a model's tensors out of a checkpoint by name and shape, and knows at the end which ones nobody took and what
 /// all of them were.
 pub struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     generation: &'static str,
+    /// What large matrices become as they are taken.
+    quantise: Option<Kind>,
     /// What each tensor that was taken holds.
     taken: RefCell<BTreeMap<String, blake3::Hash>>,
     allowed: RefCell<BTreeSet<String>>,
@@ -24,7 +27,26 @@ pub struct Loader<'a> {
 impl<'a> Loader<'a> {
     pub fn new(checkpoint: &'a Checkpoint, generation: &'static str, progress: &'a dyn Fn(usize, usize)) -> Self {
         let (taken, allowed, bytes, served) = Default::default();
-        Self { checkpoint, generation, taken, allowed, bytes, served, progress }
+        Self { checkpoint, generation, quantise: None, taken, allowed, bytes, served, progress }
+    }
+
+    /// The same that makes `kind` of every large matrix as it is taken, as a conversion would: what follows, the fingerprint
+    /// too, is of the new values.
+    ///
+    /// # Errors
+    /// [`Error::Convert`] when such a matrix is quantised already, in another way: what it has lost would be lost twice.
+    pub fn quantising(self, kind: Option<Kind>) -> Result<Self, Error> {
+        for (name, info) in self.checkpoint.tensors() {
+            let becomes = kind.and_then(|kind| becomes(name, &info.shape, kind));
+            if let Some(kind) = becomes.filter(|&kind| info.kind.quantised() && info.kind != kind) {
+                let own = info.kind;
+                return Err(Error::Convert(format!(
+                    "`{name}` is quantised already, as {own}; quantised once more, as {kind}, it would lose more than {kind} of \
+                     the original: take that, or leave this as it is"
+                )));
+            }
+        }
+        Ok(Self { quantise: kind, ..self })
     }
 
     pub fn has(&self, name: &str) -> bool {
@@ -55,12 +77,20 @@ impl<'a> Loader<'a> {
         if without_leading_ones(found) != without_leading_ones(shape) {
             return Err(wrong());
         }
-        let weight = self.checkpoint.read(name)?.reshaped(shape).ok_or_else(wrong)?;
+        let mut weight = self.checkpoint.read(name)?.reshaped(shape).ok_or_else(wrong)?;
+        let stored = weight.bytes().len();
+        let becomes = self.quantise.and_then(|kind| becomes(name, found, kind));
         let mut taken = self.taken.borrow_mut();
-        if !taken.contains_key(name) {
+        let first = !taken.contains_key(name);
+        if first {
             weight.check_finite(name)?;
+        }
+        if let Some(kind) = becomes {
+            weight = cast(name, weight, kind)?.reshaped(shape).ok_or_else(wrong)?;
+        }
+        if first {
             taken.insert(name.to_owned(), weight.digest());
-            self.bytes.set(self.bytes.get() + weight.bytes().len());
+            self.bytes.set(self.bytes.get() + stored);
             self.served_as(0, weight.bytes().len());
             (self.progress)(self.bytes.get(), self.checkpoint.bytes());
         }
