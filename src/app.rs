@@ -153,6 +153,7 @@ fn load_model(
     let d = model.description().clone();
     tracing::info!(model = name, generation = d.generation, weight_bytes = d.weight_bytes, "loaded");
     let seats = engine.seats;
+    let layout = model.segments().to_vec();
     let backend = ModelBackend::new(model, 2 * seats, team.clone())?;
     let limits = Limits { seats, queue: engine.queue, budget: engine.budget, busy_budget: engine.busy_budget };
     let engine = Handle::start(&name, backend, text.clone(), limits).context("starting the engine thread")?;
@@ -177,7 +178,7 @@ fn load_model(
         sampling: profile.sampling.sampling(),
         initial_states: initial.names(),
     };
-    Ok(Model { card, engine, text, profile, initial, seats })
+    Ok(Model { card, engine, text, profile, initial, layout, seats })
 }
 
 /// The states that sequences of `model` can begin from.

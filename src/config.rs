@@ -228,6 +228,7 @@ impl Config {
             ("engine.busy_budget", busy_budget, 1 << 15),
             ("engine.threads", threads.max(1), 1 << 10),
             ("requests.body_bytes", self.requests.body_bytes, 1 << 40),
+            ("requests.state_bytes", self.requests.state_bytes, 1 << 40),
             ("requests.choices", self.requests.choices, 1 << 15),
             ("requests.prompts", self.requests.prompts, 1 << 15),
             ("turns.prompt_tokens", self.turns.prompt_tokens, usize::MAX),

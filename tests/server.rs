@@ -18,6 +18,8 @@ mod process;
 mod server;
 #[path = "server/sessions.rs"]
 mod sessions;
+#[path = "server/states.rs"]
+mod states;
 #[path = "support/store.rs"]
 mod store;
 #[path = "server/tenants.rs"]

@@ -3,6 +3,7 @@
 mod initial;
 mod keep;
 mod origin;
+mod portable;
 mod prompt;
 mod queries;
 mod run;
@@ -20,9 +21,10 @@ use tokio_util::task::TaskTracker;
 use crate::engine;
 use crate::state::{self, Archive};
 use crate::text::{Profile, Tokenizer};
-use crate::types::{Message, Sampling, SessionId, StateId, Tenant, TurnUsage};
+use crate::types::{Message, Sampling, Segment, SessionId, StateId, Tenant, TurnUsage};
 
 pub use initial::InitialStates;
+pub use portable::check_metadata;
 pub use turn::{Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
 
 /// What is known of a served model.
@@ -153,6 +155,8 @@ pub struct Model {
     pub text: Arc<dyn Tokenizer>,
     pub profile: Profile,
     pub initial: InitialStates,
+    /// What its state is made of.
+    pub layout: Vec<Segment>,
     /// Choices that can run at once.
     pub seats: usize,
 }

@@ -85,6 +85,14 @@ impl Archive {
         Ok(Some(snapshot).filter(|s| !s.head.expired(now)))
     }
 
+    /// The file of a state for whoever wants to take it elsewhere: in the exact format, however it is stored here.
+    pub async fn content(&self, tenant: &Tenant, id: &StateId, now: u64) -> Result<Option<Bytes>, Error> {
+        let Some(snapshot) = self.load(tenant, id, now).await? else { return Ok(None) };
+        let key = state_key(tenant, id);
+        let file = off_runtime("encode", &key, move || codec::encode(&snapshot)).await?;
+        file.map(|file| Some(Bytes::from(file))).map_err(|e| damaged(&key, e))
+    }
+
     /// What is known of a state without reading its tensors, unless there is none or it has expired.
     pub async fn info(&self, tenant: &Tenant, id: &StateId, now: u64) -> Result<Option<Info>, Error> {
         Ok(self.peek(tenant, id).await?.filter(|info| !info.head.expired(now)))

@@ -11,6 +11,7 @@
 
 mod archive;
 mod codec;
+mod fit;
 mod local;
 mod memory;
 mod record;
@@ -19,6 +20,7 @@ mod store;
 
 pub use archive::{Archive, Listed, Wanted};
 pub use codec::{Damaged, FORMAT, Info, decode, decode_head, encode, head_len};
+pub use fit::fits;
 pub use local::Local;
 pub use memory::InMemory;
 pub use record::Entry;

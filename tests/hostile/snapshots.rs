@@ -1,10 +1,48 @@
 //! Snapshots that lie: each has the checksum that belongs to it.
 
+use rewake::model::{Checkpoint, LoadOptions, Model, load};
 use rewake::state;
-use rewake::types::{Memory, Pending, SegmentData, Snapshot, SnapshotHead, StateId, Tenant};
+use rewake::types::{Memory, Pending, Row, SegmentData, SeqId, SlotId, Snapshot, SnapshotHead, StateId, Tenant, Want};
 
-use super::seeds::raw;
+use super::seeds::{self, raw, small};
+use super::sweep::harmed;
 use super::{readers, within};
+
+/// A small sound model of a generation.
+pub fn model(case: &str) -> Model {
+    let checkpoint = Checkpoint::in_memory("seed", seeds::safetensors(&small(case, 16))).expect("a sound file");
+    load(&checkpoint, &LoadOptions::default()).expect("a sound model")
+}
+
+/// A state of `model` that has read three tokens.
+pub fn state_of(model: &mut Model) -> Vec<u8> {
+    let (mut pool, slot) = (model.pool(1).expect("a slot"), SlotId(0));
+    pool.reset(slot);
+    let row = Row { seq: SeqId(0), from: slot, into: slot, at: 0, tokens: 0..3, want: Want::Nothing };
+    model.step(&mut pool, &[1, 2, 3], &[row], &mut Vec::new()).expect("a step");
+    let mut snapshot = state::decode(&sound()).expect("a sound file");
+    snapshot.memory = Memory { segments: pool.snapshot(slot), consumed: 3, tail: vec![1, 2, 3], ..snapshot.memory };
+    snapshot.memory.counts = vec![(2, 0.5)];
+    state::encode(&snapshot).expect("a sound file")
+}
+
+#[test]
+fn a_state_that_is_brought_can_be_gone_on_with_or_is_refused() {
+    for case in seeds::CASES {
+        let mut model = model(case);
+        let file = state_of(&mut model);
+        readers::import(&mut model, &file).unwrap_or_else(|e| panic!("{case}: {e}"));
+        let mut let_in = 0;
+        for (harm, file) in harmed(&file, 5, 60) {
+            let file = sealed(file);
+            let what = format!("{case}, {harm}");
+            let_in += usize::from(within(&what, file.len(), 256, || readers::import(&mut model, &file)).is_ok());
+        }
+        assert!(let_in > 0, "{case}: most values may be anything");
+        let elsewhere = readers::import(&mut self::model("v7_bf16"), &file);
+        assert_eq!(elsewhere.is_ok(), case == "v7_bf16", "{case} for v7: {elsewhere:?}");
+    }
+}
 
 pub fn sound() -> Vec<u8> {
     let segment = |name: &str, shape: &[usize]| {

@@ -6,7 +6,7 @@ use rewake::model::{Format, Kind};
 
 /// A file cut off at so many places, then with a byte changed at so many, evenly spread and more of them near the front,
 /// where headers are.
-fn harmed(file: &[u8], cuts: usize, changes: usize) -> impl Iterator<Item = (String, Vec<u8>)> {
+pub fn harmed(file: &[u8], cuts: usize, changes: usize) -> impl Iterator<Item = (String, Vec<u8>)> {
     let place = move |n: usize, of: usize| (file.len() - 1) * n * n / (of * of).max(1);
     let cut = (0..cuts).map(move |n| place(n, cuts)).map(|at| (format!("cut off at {at}"), file[..at].to_vec()));
     let changed = (0..changes).flat_map(move |n| {
@@ -84,6 +84,7 @@ fn seeds_for_fuzzing() {
     let vocabulary: String = (0..256).map(|b| format!("{} b'\\x{b:02x}' 1\n", b + 1)).collect();
     put("vocabulary", "bytes.txt", vocabulary.as_bytes());
     put("snapshot", "sound", &snapshots::sound());
+    put("import", "sound", &snapshots::state_of(&mut snapshots::model("v7_bf16")));
     let config = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("config/rewake.toml");
     put("config", "rewake.toml", &std::fs::read(config).expect("the documented file"));
 }
