@@ -16,7 +16,7 @@ use crate::engine::{Handle, ModelBackend};
 use crate::model::{self, Checkpoint, LoadOptions, Lora, Team};
 use crate::scheduler::Limits;
 use crate::session::{InitialStates, Model, ModelCard, Sessions};
-use crate::state::{Archive, InMemory, Local, Store};
+use crate::state::{Archive, InMemory, Local, Storage, Store};
 use crate::telemetry::{clock, metrics};
 use crate::text::{self, Profile, Tokenizer};
 
@@ -44,7 +44,9 @@ impl App {
     /// As [`App::new`], over a store of the caller's.
     pub fn with_store(config: &Config, store: Arc<dyn Store>) -> anyhow::Result<Self> {
         let ttl = (config.states.default_ttl_s > 0).then_some(config.states.default_ttl_s);
-        let sessions = Arc::new(Sessions::new(Archive::new(store), config.turns.clone(), ttl));
+        let storage = Storage { precision: config.states.precision, compress: config.states.compress };
+        let archive = Archive::new(store).storing(storage);
+        let sessions = Arc::new(Sessions::new(archive, config.turns.clone(), ttl));
         let router = api::router(api::App {
             sessions: sessions.clone(),
             keys: config.key.clone(),

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{ApiLimits, Key};
 use crate::session::TurnLimits;
+use crate::state::Precision;
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
 use crate::types::{InitialName, readable};
@@ -52,6 +53,10 @@ pub struct States {
     pub dir: String,
     /// Seconds that a state is kept when the request does not say; 0 = until it is deleted.
     pub default_ttl_s: u64,
+    /// In how many bits values are stored: all but f32 lose something.
+    pub precision: Precision,
+    /// Whether what is stored is compressed.
+    pub compress: bool,
 }
 
 /// How much runs at once.

@@ -156,7 +156,7 @@ async fn a_state_is_whoever_s_imports_it() {
     let brought = bob.call(import.body(Body::from(file)).expect("a good request")).await;
     assert_eq!(brought.status, 200, "{}", brought.text);
     let brought = brought.json()["id"].as_str().expect("an id").to_owned();
-    assert_eq!(ids(&bob, "/v1/states").await, [brought.clone()]);
+    assert_eq!(ids(&bob, "/v1/states").await, std::slice::from_ref(&brought));
     assert_eq!(ids(&ann, "/v1/states").await, [owned]);
     assert_eq!(ann.get(&format!("/v1/states/{brought}")).await.code(), "state_not_found");
 }
