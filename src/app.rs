@@ -16,7 +16,7 @@ use crate::engine::{Handle, ModelBackend};
 use crate::model::{self, Checkpoint, LoadOptions, Lora, Team};
 use crate::scheduler::Limits;
 use crate::session::{InitialStates, Model, ModelCard, Sessions};
-use crate::state::{Archive, InMemory, Local, Storage, Store};
+use crate::state::{Archive, Bounded, Bucket, InMemory, Local, Place, Storage, Store, Tiered, is_state};
 use crate::telemetry::{clock, metrics};
 use crate::text::{self, Profile, Tokenizer};
 
@@ -85,10 +85,36 @@ impl App {
 }
 
 async fn store(states: &config::States) -> anyhow::Result<Arc<dyn Store>> {
+    if !states.url.is_empty() {
+        return shared_store(states).await;
+    }
     if states.dir == ":memory:" {
         return Ok(Arc::new(InMemory::default()));
     }
     Ok(Arc::new(Local::open(state_dir(states)?).await?))
+}
+
+/// Memory before the disk before the bucket.
+async fn shared_store(states: &config::States) -> anyhow::Result<Arc<dyn Store>> {
+    let bucket = Bucket::open(&Place { url: states.url.clone(), endpoint: states.endpoint.clone() }).await?;
+    let bucket: Arc<dyn Store> = if states.disk_bytes > 0 {
+        // Copies of an earlier process, whose use nobody noted: they would never go.
+        let dir = state_dir(states)?.join("copies");
+        match fs::remove_dir_all(&dir) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(e).with_context(|| format!("cannot empty {}", dir.display()));
+            }
+            _ => {}
+        }
+        let disk = Bounded::new(Local::open(dir).await?, states.disk_bytes);
+        Arc::new(Tiered::new(disk, bucket, is_state))
+    } else {
+        Arc::new(bucket)
+    };
+    if states.memory_bytes == 0 {
+        return Ok(bucket);
+    }
+    Ok(Arc::new(Tiered::new(Bounded::new(InMemory::default(), states.memory_bytes), bucket, is_state)))
 }
 
 /// The folder where states are kept.

@@ -46,9 +46,17 @@ impl Default for Server {
 }
 
 /// Where states are kept.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct States {
+    /// A bucket that servers share, `s3://bucket/prefix` (or gs, az); empty = `dir`.
+    pub url: String,
+    /// Address of a server that speaks S3's language; empty = AWS.
+    pub endpoint: String,
+    /// With `url`: bytes of states that are also kept in memory.
+    pub memory_bytes: u64,
+    /// With `url`: bytes of states that are also kept in `dir`; 0 = none.
+    pub disk_bytes: u64,
     /// A folder; empty = the platform's data folder; `:memory:` = nothing outlives the process.
     pub dir: String,
     /// Seconds that a state is kept when the request does not say; 0 = until it is deleted.
@@ -57,6 +65,21 @@ pub struct States {
     pub precision: Precision,
     /// Whether what is stored is compressed.
     pub compress: bool,
+}
+
+impl Default for States {
+    fn default() -> Self {
+        Self {
+            url: String::new(),
+            endpoint: String::new(),
+            memory_bytes: 256 << 20,
+            disk_bytes: 0,
+            dir: String::new(),
+            default_ttl_s: 0,
+            precision: Precision::default(),
+            compress: false,
+        }
+    }
 }
 
 /// How much runs at once.
@@ -249,6 +272,16 @@ impl Config {
                 "server.host",
                 &format!("is `{}`, and must be an address such as 127.0.0.1 or ::", self.server.host),
             );
+        }
+        let States { url, endpoint, dir, disk_bytes, .. } = &self.states;
+        if !url.is_empty() && !["s3://", "gs://", "az://"].iter().any(|scheme| url.starts_with(scheme)) {
+            return wrong("states.url", &format!("is `{url}`, and must begin with s3://, gs:// or az://"));
+        }
+        if !endpoint.is_empty() && !url.starts_with("s3://") {
+            return wrong("states.endpoint", "is the address of a server for s3://, and `states.url` is not");
+        }
+        if *disk_bytes > 0 && (url.is_empty() || dir == ":memory:") {
+            return wrong("states.disk_bytes", "is for states that are in a bucket, and needs `states.dir`");
         }
         for (n, key) in self.key.iter().enumerate() {
             if self.key[..n].iter().any(|other| other.name == key.name || other.hash == key.hash) {

@@ -169,6 +169,11 @@ fn state_key(tenant: &Tenant, id: &StateId) -> String {
     format!("t/{tenant}/states/{id}")
 }
 
+/// Whether a key is that of a snapshot: what it holds is under no other key and never was.
+pub fn is_state(key: &str) -> bool {
+    key.split('/').nth(2) == Some("states")
+}
+
 pub(super) fn damaged(key: &str, Damaged(why): Damaged) -> Error {
     Error::Damaged { key: key.into(), why }
 }
