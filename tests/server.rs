@@ -2,6 +2,8 @@
 
 #[path = "server/bodies.rs"]
 mod bodies;
+#[path = "server/cluster.rs"]
+mod cluster;
 #[path = "server/conformance.rs"]
 mod conformance;
 #[path = "server/durability.rs"]

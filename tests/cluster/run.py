@@ -130,7 +130,7 @@ def nginx(folder, ports, log):
     whole = f"pid {folder}/nginx.pid;\nerror_log /dev/null;\nevents {{}}\nhttp {{\naccess_log off;\n{paths}{conf}}}\n"
     (folder / "nginx.conf").write_text(whole)
     command = ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", "daemon off;"]
-    process = subprocess.Popen(command, stderr=log)
+    process = subprocess.Popen(command, stdout=log, stderr=log)
     return process, port
 
 
@@ -269,8 +269,10 @@ def main():
         print("FAILED" if load.wrong else "PASSED")
         sys.exit(bool(load.wrong))
     finally:
+        # Not killed: nginx ends its workers.
         for child in children + [s.process for s in locals().get("servers", [])]:
-            child.kill()
+            child.terminate()
+            child.wait()
         log.close()
         if "load" in locals() and not load.wrong:
             shutil.rmtree(folder, ignore_errors=True)
