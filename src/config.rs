@@ -371,6 +371,22 @@ mod tests {
     }
 
     #[test]
+    fn a_cluster_s_file_is_valid_and_buckets_are_checked() {
+        let cluster = load(include_str!("../config/cluster.toml"), &[], Flags::default()).expect("it is valid");
+        assert!(cluster.states.url.starts_with("s3://") && cluster.states.disk_bytes > 0);
+        for (states, key) in [
+            ("url = \"ftp://a/b\"", "states.url"),
+            ("endpoint = \"http://a\"", "states.endpoint"),
+            ("url = \"gs://a\"\nendpoint = \"http://a\"", "states.endpoint"),
+            ("disk_bytes = 1", "states.disk_bytes"),
+            ("url = \"s3://a\"\ndir = \":memory:\"\ndisk_bytes = 1", "states.disk_bytes"),
+        ] {
+            let error = load(&format!("[states]\n{states}\n"), &[], Flags::default()).expect_err(states).to_string();
+            assert!(error.contains(key), "{error}");
+        }
+    }
+
+    #[test]
     fn each_source_overrides_the_one_before() {
         let toml = "[server]\nport = 1\nhost = \"0.0.0.0\"\n[engine]\nseats = 3\n";
         let environment = [("REWAKE_SERVER__PORT", "2"), ("REWAKE_ENGINE__QUEUE", "5"), ("REWAKE_LOG", "debug")];
