@@ -104,8 +104,8 @@ impl Bucket {
         Self { objects, prefix: prefix.into() }
     }
 
-    /// Whether an object that is there stays as it is.
-    async fn probe(&self) -> Result<bool, Error> {
+    /// Whether the bucket can be written and an object that is there stays as it is.
+    pub async fn probe(&self) -> Result<bool, Error> {
         let key = format!("probe/{:032x}", clock::random_u128());
         let first = self.put_if_absent(&key, Bytes::from_static(b"can this bucket be written?\n")).await?;
         let second = self.put_if_absent(&key, Bytes::from_static(b"can it be written over?\n")).await?;

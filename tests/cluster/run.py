@@ -19,9 +19,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS = ["Once upon a time", " Then", " But", " So", "\n", " One day", " He said", " The dog"]
 
 MOTO = """
-import sys
+import logging, sys
 from werkzeug.serving import run_simple
 from moto.server import DomainDispatcherApplication, create_backend_app
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
 # One request at a time: it looks whether an object is there and then writes it.
 run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app), threaded=False)
 """
@@ -203,11 +204,12 @@ def contend(servers, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("binary", nargs="?", default=str(ROOT / "target/release/rewake"))
-    parser.add_argument("--sessions", type=int, default=24)
-    parser.add_argument("--turns", type=int, default=90)
+    parser.add_argument("--sessions", type=int, default=105)
+    parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--kill-every", type=float, default=4.0, metavar="SECONDS")
     parser.add_argument("--contended", type=int, default=60, metavar="ROUNDS")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
     folder = pathlib.Path(tempfile.mkdtemp(prefix="rewake-cluster-"))
     log = open(folder / "log", "w")
     children = []
@@ -236,7 +238,7 @@ def main():
 
         load = Load(args, expected, [s.port for s in servers], proxy)
         names = [f"s{i}" for i in range(args.sessions)]
-        threads = [threading.Thread(target=load.converse, args=(names[i::6],)) for i in range(6)]
+        threads = [threading.Thread(target=load.converse, args=(names[i::6],), daemon=True) for i in range(6)]
         began = time.monotonic()
         [t.start() for t in threads]
         victim, last = 0, time.monotonic()
