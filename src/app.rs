@@ -107,7 +107,7 @@ async fn shared_store(states: &config::States) -> anyhow::Result<Arc<dyn Store>>
             _ => {}
         }
         let disk = Bounded::new(Local::open(dir).await?, states.disk_bytes);
-        Arc::new(Tiered::new(disk, bucket, is_state))
+        Arc::new(Tiered::new(disk, Arc::new(bucket), is_state))
     } else {
         Arc::new(bucket)
     };

@@ -1,7 +1,5 @@
 //! The seam to whatever keeps bytes.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
@@ -41,30 +39,6 @@ pub trait Store: Send + Sync + 'static {
         after: Option<&'a str>,
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<String>, Error>>;
-}
-
-/// A shared store.
-impl<S: Store + ?Sized> Store for Arc<S> {
-    fn put_if_absent<'a>(&'a self, key: &'a str, value: Bytes) -> BoxFuture<'a, Result<Put, Error>> {
-        (**self).put_if_absent(key, value)
-    }
-    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Bytes>, Error>> {
-        (**self).get(key)
-    }
-    fn get_start<'a>(&'a self, key: &'a str, len: usize) -> BoxFuture<'a, Result<Option<Start>, Error>> {
-        (**self).get_start(key, len)
-    }
-    fn delete<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<bool, Error>> {
-        (**self).delete(key)
-    }
-    fn children<'a>(
-        &'a self,
-        folder: &'a str,
-        after: Option<&'a str>,
-        limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<String>, Error>> {
-        (**self).children(folder, after, limit)
-    }
 }
 
 /// What a put found.

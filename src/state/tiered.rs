@@ -1,7 +1,7 @@
 //! A near store in front of a far one, and one that remembers only so much.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
@@ -13,16 +13,16 @@ use super::{Error, Put, Start, Store};
 /// An object is immutable, so a copy cannot be old; but it may be gone. So the far store is asked for a copy's first byte
 /// before the copy is given out: what was deleted anywhere is deleted here. Listings, beginnings and all that is not
 /// `cached` are the far store's. What goes wrong with the near one costs time only.
-pub struct Tiered<Hot, Cold> {
+pub struct Tiered<Hot, Cold: ?Sized> {
     hot: Hot,
-    cold: Cold,
+    cold: Arc<Cold>,
     cached: fn(&str) -> bool,
 }
 
-impl<Hot: Store, Cold: Store> Tiered<Hot, Cold> {
+impl<Hot: Store, Cold: Store + ?Sized> Tiered<Hot, Cold> {
     /// Keeps copies of the objects under keys that are `cached`: of those no two ever have the same key, not even one after
     /// the other.
-    pub fn new(hot: Hot, cold: Cold, cached: fn(&str) -> bool) -> Self {
+    pub fn new(hot: Hot, cold: Arc<Cold>, cached: fn(&str) -> bool) -> Self {
         Self { hot, cold, cached }
     }
 
@@ -33,7 +33,7 @@ impl<Hot: Store, Cold: Store> Tiered<Hot, Cold> {
     }
 }
 
-impl<Hot: Store, Cold: Store> Store for Tiered<Hot, Cold> {
+impl<Hot: Store, Cold: Store + ?Sized> Store for Tiered<Hot, Cold> {
     fn put_if_absent<'a>(&'a self, key: &'a str, value: Bytes) -> BoxFuture<'a, Result<Put, Error>> {
         async move {
             let put = self.cold.put_if_absent(key, value.clone()).await?;
@@ -216,8 +216,6 @@ impl<S: Store> Store for Bounded<S> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::state::InMemory;
 
@@ -245,7 +243,7 @@ mod tests {
     }
 
     /// Two servers with a near store each, over one far store.
-    type Server = Tiered<Bounded<InMemory>, Arc<InMemory>>;
+    type Server = Tiered<Bounded<InMemory>, InMemory>;
 
     fn servers() -> (Server, Server, Arc<InMemory>) {
         let far = Arc::new(InMemory::default());

@@ -17,7 +17,7 @@ fn servers() -> Vec<Client> {
     let server = |precision| {
         let mut config = config();
         (config.states.precision, config.states.compress) = precision;
-        let shared = Bucket::over(bucket.clone(), "shared");
+        let shared = Arc::new(Bucket::over(bucket.clone(), "shared"));
         let store = Tiered::new(Bounded::new(InMemory::default(), 2 << 20), shared, is_state);
         Server::with(&config, Arc::new(store)).client()
     };

@@ -18,7 +18,7 @@ async fn stores() -> Vec<(Arc<dyn Store>, Option<TempDir>)> {
         (Arc::new(local), Some(folder)),
         (Arc::new(bucket("")), None),
         (Arc::new(bucket("a/prefix")), None),
-        (Arc::new(Tiered::new(near, bucket(""), is_state)), None),
+        (Arc::new(Tiered::new(near, Arc::new(bucket("")), is_state)), None),
     ]
 }
 
