@@ -16,7 +16,7 @@ use crate::engine::{Handle, ModelBackend, Speculation};
 use crate::model::{self, Checkpoint, LoadOptions, Lora, Team};
 use crate::scheduler::Limits;
 use crate::session::{InitialStates, Model, ModelCard, Sessions};
-use crate::state::{Archive, InMemory, Local, Store};
+use crate::state::{Archive, Bounded, Bucket, InMemory, Local, Place, Storage, Store, Tiered, is_state};
 use crate::telemetry::{clock, metrics};
 use crate::text::{self, Profile, Tokenizer};
 
@@ -44,9 +44,10 @@ impl App {
     /// As [`App::new`], over a store of the caller's.
     pub fn with_store(config: &Config, store: Arc<dyn Store>) -> anyhow::Result<Self> {
         let ttl = (config.states.default_ttl_s > 0).then_some(config.states.default_ttl_s);
-        let sessions = Arc::new(
-            Sessions::new(Archive::new(store), config.turns.clone(), ttl).with_prefix_cache(&config.prefix_cache),
-        );
+        let storage = Storage { precision: config.states.precision, compress: config.states.compress };
+        let archive = Archive::new(store).storing(storage);
+        let sessions =
+            Arc::new(Sessions::new(archive, config.turns.clone(), ttl).with_prefix_cache(&config.prefix_cache));
         let router = api::router(api::App {
             sessions: sessions.clone(),
             keys: config.key.clone(),
@@ -85,10 +86,36 @@ impl App {
 }
 
 async fn store(states: &config::States) -> anyhow::Result<Arc<dyn Store>> {
+    if !states.url.is_empty() {
+        return shared_store(states).await;
+    }
     if states.dir == ":memory:" {
         return Ok(Arc::new(InMemory::default()));
     }
     Ok(Arc::new(Local::open(state_dir(states)?).await?))
+}
+
+/// Memory before the disk before the bucket.
+async fn shared_store(states: &config::States) -> anyhow::Result<Arc<dyn Store>> {
+    let bucket = Bucket::open(&Place { url: states.url.clone(), endpoint: states.endpoint.clone() }).await?;
+    let bucket: Arc<dyn Store> = if states.disk_bytes > 0 {
+        // Copies of an earlier process, whose use nobody noted: they would never go.
+        let dir = state_dir(states)?.join("copies");
+        match fs::remove_dir_all(&dir) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(e).with_context(|| format!("cannot empty {}", dir.display()));
+            }
+            _ => {}
+        }
+        let disk = Bounded::new(Local::open(dir).await?, states.disk_bytes);
+        Arc::new(Tiered::new(disk, Arc::new(bucket), is_state))
+    } else {
+        Arc::new(bucket)
+    };
+    if states.memory_bytes == 0 {
+        return Ok(bucket);
+    }
+    Ok(Arc::new(Tiered::new(Bounded::new(InMemory::default(), states.memory_bytes), bucket, is_state)))
 }
 
 /// The folder where states are kept.
@@ -155,6 +182,7 @@ fn load_model(
     let d = model.description().clone();
     tracing::info!(model = name, generation = d.generation, weight_bytes = d.weight_bytes, "loaded");
     let seats = engine.seats;
+    let layout = model.segments().to_vec();
     let speculation = match engine.speculation.most() {
         0 => Speculation::Off,
         most => Speculation::UpTo(most),
@@ -183,7 +211,7 @@ fn load_model(
         sampling: profile.sampling.sampling(),
         initial_states: initial.names(),
     };
-    Ok(Model { card, engine, text, profile, initial, seats })
+    Ok(Model { card, engine, text, profile, initial, layout, seats })
 }
 
 /// The states that sequences of `model` can begin from.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::api::{ApiLimits, Key};
 use crate::model::Kind;
 use crate::session::{PrefixLimits, TurnLimits};
+use crate::state::Precision;
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
 use crate::types::{InitialName, readable};
@@ -47,13 +48,40 @@ impl Default for Server {
 }
 
 /// Where states are kept.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct States {
+    /// A bucket that servers share, `s3://bucket/prefix` (or gs, az); empty = `dir`.
+    pub url: String,
+    /// Address of a server that speaks S3's language; empty = AWS.
+    pub endpoint: String,
+    /// With `url`: bytes of states that are also kept in memory.
+    pub memory_bytes: u64,
+    /// With `url`: bytes of states that are also kept in `dir`; 0 = none.
+    pub disk_bytes: u64,
     /// A folder; empty = the platform's data folder; `:memory:` = nothing outlives the process.
     pub dir: String,
     /// Seconds that a state is kept when the request does not say; 0 = until it is deleted.
     pub default_ttl_s: u64,
+    /// In how many bits values are stored: all but f32 lose something.
+    pub precision: Precision,
+    /// Whether what is stored is compressed.
+    pub compress: bool,
+}
+
+impl Default for States {
+    fn default() -> Self {
+        Self {
+            url: String::new(),
+            endpoint: String::new(),
+            memory_bytes: 256 << 20,
+            disk_bytes: 0,
+            dir: String::new(),
+            default_ttl_s: 0,
+            precision: Precision::default(),
+            compress: false,
+        }
+    }
 }
 
 /// How much runs at once.
@@ -281,6 +309,7 @@ impl Config {
             ("engine.busy_budget", busy_budget, 1 << 15),
             ("engine.threads", threads.max(1), 1 << 10),
             ("requests.body_bytes", self.requests.body_bytes, 1 << 40),
+            ("requests.state_bytes", self.requests.state_bytes, 1 << 40),
             ("requests.choices", self.requests.choices, 1 << 15),
             ("requests.prompts", self.requests.prompts, 1 << 15),
             ("prefix_cache.spacing", self.prefix_cache.spacing, 1 << 20),
@@ -301,6 +330,16 @@ impl Config {
                 "server.host",
                 &format!("is `{}`, and must be an address such as 127.0.0.1 or ::", self.server.host),
             );
+        }
+        let States { url, endpoint, dir, disk_bytes, .. } = &self.states;
+        if !url.is_empty() && !["s3://", "gs://", "az://"].iter().any(|scheme| url.starts_with(scheme)) {
+            return wrong("states.url", &format!("is `{url}`, and must begin with s3://, gs:// or az://"));
+        }
+        if !endpoint.is_empty() && !url.starts_with("s3://") {
+            return wrong("states.endpoint", "is the address of a server for s3://, and `states.url` is not");
+        }
+        if *disk_bytes > 0 && (url.is_empty() || dir == ":memory:") {
+            return wrong("states.disk_bytes", "is for states that are in a bucket, and needs `states.dir`");
         }
         for (n, key) in self.key.iter().enumerate() {
             if self.key[..n].iter().any(|other| other.name == key.name || other.hash == key.hash) {
@@ -386,6 +425,22 @@ mod tests {
             for key in keys.as_object().into_iter().flat_map(|keys| keys.keys()) {
                 assert!(given[section].get(key).is_some(), "config/rewake.toml does not mention {section}.{key}");
             }
+        }
+    }
+
+    #[test]
+    fn a_cluster_s_file_is_valid_and_buckets_are_checked() {
+        let cluster = load(include_str!("../config/cluster.toml"), &[], Flags::default()).expect("it is valid");
+        assert!(cluster.states.url.starts_with("s3://") && cluster.states.disk_bytes > 0);
+        for (states, key) in [
+            ("url = \"ftp://a/b\"", "states.url"),
+            ("endpoint = \"http://a\"", "states.endpoint"),
+            ("url = \"gs://a\"\nendpoint = \"http://a\"", "states.endpoint"),
+            ("disk_bytes = 1", "states.disk_bytes"),
+            ("url = \"s3://a\"\ndir = \":memory:\"\ndisk_bytes = 1", "states.disk_bytes"),
+        ] {
+            let error = load(&format!("[states]\n{states}\n"), &[], Flags::default()).expect_err(states).to_string();
+            assert!(error.contains(key), "{error}");
         }
     }
 

@@ -17,7 +17,7 @@ use rewake::session::{
 };
 use rewake::state::{Archive, InMemory};
 use rewake::text;
-use rewake::types::{Finish, Memory, Message, Role, Sampling, SegmentData, SessionId, StateId, Tenant};
+use rewake::types::{Finish, Memory, Message, Role, Sampling, Segment, SegmentData, SessionId, StateId, Tenant};
 use toy::Toy;
 
 const LIMITS: Limits = Limits { seats: 4, queue: 50, budget: 64, busy_budget: 8 };
@@ -56,6 +56,7 @@ fn side(prefix: &PrefixLimits) -> Side {
             sampling: Sampling::default(),
             initial_states: Vec::new(),
         },
+        layout: vec![Segment::Fixed { name: "toy".into(), shape: vec![1], init: 1.0 }],
         engine: Handle::start("toy", toy, text.clone(), LIMITS).expect("a thread"),
         text,
         profile: text::Profile { stop_tokens: vec![256], ..profile },
@@ -139,6 +140,7 @@ impl Ask {
             ttl_s: None,
             initial_state: None,
             idempotency_key: None,
+            metadata: Default::default(),
         }
     }
 }

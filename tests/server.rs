@@ -2,6 +2,8 @@
 
 #[path = "server/bodies.rs"]
 mod bodies;
+#[path = "server/cluster.rs"]
+mod cluster;
 #[path = "server/conformance.rs"]
 mod conformance;
 #[path = "server/durability.rs"]
@@ -22,6 +24,8 @@ mod server;
 mod sessions;
 #[path = "server/speculation.rs"]
 mod speculation;
+#[path = "server/states.rs"]
+mod states;
 #[path = "support/store.rs"]
 mod store;
 #[path = "server/tenants.rs"]

@@ -5,6 +5,8 @@ mod support {
 }
 #[path = "state/archive.rs"]
 mod archive;
+#[path = "state/bucket.rs"]
+mod bucket;
 #[path = "state/codec.rs"]
 mod codec;
 #[path = "state/kill.rs"]

@@ -39,6 +39,8 @@ pub enum Error {
     TooLarge { limit: usize },
     #[error("the body must be JSON with the header `content-type: application/json`, not {0}")]
     ContentType(String),
+    #[error("the body must be a state's file with the header `content-type: application/octet-stream`, not {0}")]
+    BinaryType(String),
     #[error("the request ran into a defect of the server")]
     Panic,
 }
@@ -103,7 +105,7 @@ impl Error {
             Self::NoRoute(_) => Wire::new(404, "unknown_url"),
             Self::Method { .. } => Wire::new(405, "method_not_allowed"),
             Self::TooLarge { .. } => Wire::new(413, "request_too_large"),
-            Self::ContentType(_) => Wire::new(415, "unsupported_media_type"),
+            Self::ContentType(_) | Self::BinaryType(_) => Wire::new(415, "unsupported_media_type"),
             Self::Panic => Wire::new(500, "internal_error"),
             Self::UnknownState(_) => Wire::new(404, "state_not_found").param(Some("state_id")),
             Self::UnknownSession(_) => Wire::new(404, "session_not_found").param(Some("session_id")),

@@ -7,6 +7,8 @@ mod health;
 mod list;
 mod models;
 mod openai;
+mod portable;
+mod reading;
 mod record;
 mod sessions;
 mod sse;
@@ -53,6 +55,8 @@ pub struct App {
 pub struct ApiLimits {
     /// Bytes of a request's body.
     pub body_bytes: usize,
+    /// Bytes of a state that is imported.
+    pub state_bytes: usize,
     /// Prompts of a request.
     pub prompts: usize,
     /// Answers of a request: prompts × `n`.
@@ -65,7 +69,14 @@ pub struct ApiLimits {
 
 impl Default for ApiLimits {
     fn default() -> Self {
-        Self { body_bytes: 16 << 20, prompts: 64, choices: 128, stop_strings: 16, stop_bytes: 1024 }
+        Self {
+            body_bytes: 16 << 20,
+            state_bytes: 256 << 20,
+            prompts: 64,
+            choices: 128,
+            stop_strings: 16,
+            stop_bytes: 1024,
+        }
     }
 }
 
@@ -87,7 +98,9 @@ fn documented() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(openai::chat::chat_completions))
         .routes(routes!(models::list_models))
         .routes(routes!(models::show_model))
-        .routes(routes!(states::list_states))
+        .routes(routes!(states::list_states, reading::read_state))
+        .routes(routes!(portable::import_state))
+        .routes(routes!(portable::state_content))
         .routes(routes!(states::show_state, states::delete_state))
         .routes(routes!(sessions::list_sessions))
         .routes(routes!(sessions::show_session, sessions::delete_session))

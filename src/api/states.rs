@@ -130,6 +130,6 @@ pub async fn delete_state(State(app): State<Arc<App>>, caller: Caller, Name(id):
 }
 
 /// What cannot be an id is unknown like any other.
-fn state_id(id: String) -> Result<StateId, Error> {
+pub fn state_id(id: String) -> Result<StateId, Error> {
     StateId::parse(id.as_str()).map_err(|_| Error::UnknownState(id))
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::json;
 
 use super::checkpoint::{Which, print, progress, read_text, show};
+use super::storage;
 use crate::model::{Model, Pool};
 use crate::text::Tokenizer;
 use crate::types::{Row, SeqId, SlotId, Want};
@@ -16,6 +17,7 @@ const EXAMPLES: &str = "\
 Examples:
   rewake eval model.pth --text book.txt --limit 10000
   rewake eval model.pth --quantize q4_0 --text book.txt --against model.pth   what quantising costs
+  rewake eval model.pth --text book.txt --limit 10000 --states
   rewake eval model.pth --lambada lambada_test.jsonl --json";
 
 #[derive(Debug, clap::Args)]
@@ -33,6 +35,9 @@ pub struct Args {
     /// stored, without --lora, --state and --quantize
     #[arg(long, value_name = "FILE", conflicts_with = "lambada")]
     against: Option<PathBuf>,
+    /// Instead of the text's perplexity: what storing states less exactly costs while it is read
+    #[arg(long, requires = "text", conflicts_with = "lambada")]
+    states: bool,
     /// Use only the first N tokens of the text, or the first N passages of LAMBADA
     #[arg(long, value_name = "N")]
     limit: Option<NonZeroUsize>,
@@ -80,12 +85,16 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut reader = Reader { model: opened.model, reference, text };
     let limit = args.limit.map_or(usize::MAX, NonZeroUsize::get);
     let result = match (&args.text, &args.lambada) {
+        (Some(file), _) if args.states => reader.storage(file, limit)?,
         (Some(file), _) => reader.perplexity(file, limit)?,
         (_, Some(file)) => reader.lambada(file, limit)?,
         _ => bail!("nothing to evaluate: give --text or --lambada"),
     };
     if args.json {
         return print(&format!("{result:#}\n"));
+    }
+    if let Some(stored) = result["stored"].as_array() {
+        return print(&table(stored));
     }
     let lines = result.as_object().into_iter().flatten();
     let shown = |value: &serde_json::Value| match value.as_f64().filter(|_| value.is_f64()) {
@@ -103,7 +112,30 @@ fn reference(file: &Path, model: &Model) -> anyhow::Result<Model> {
     Ok(opened.model)
 }
 
+/// What was stored in each precision, as a table.
+fn table(stored: &[serde_json::Value]) -> String {
+    const COLUMNS: [&str; 6] =
+        ["precision", "bytes", "bytes_compressed", "kl_divergence", "kl_divergence_worst", "top1_agreement"];
+    let cell = |value: &serde_json::Value| match (value.as_str(), value.as_f64().filter(|_| value.is_f64())) {
+        (Some(text), _) => text.to_owned(),
+        (_, Some(number)) if number < 0.01 => format!("{number:.2e}"),
+        (_, Some(number)) => format!("{number:.5}"),
+        _ => value.to_string(),
+    };
+    let titles = COLUMNS.map(|column| column.replace('_', " "));
+    let lines = stored.iter().map(|line| COLUMNS.map(|column| cell(&line[column])));
+    let line = |cells: [String; 6]| cells.map(|cell| format!("{cell:<21}")).concat().trim_end().to_owned() + "\n";
+    std::iter::once(titles).chain(lines).map(line).collect()
+}
+
 impl Reader {
+    /// The text is one sequence, as long as the model takes.
+    fn storage(&mut self, file: &Path, limit: usize) -> anyhow::Result<serde_json::Value> {
+        let mut ids = self.text.encode_special(&read_text(file)?);
+        ids.truncate(limit);
+        storage::compare(&mut self.model, &ids)
+    }
+
     /// Every token of the text given all before it; the end of a document stands before the first.
     fn perplexity(&mut self, file: &Path, limit: usize) -> anyhow::Result<serde_json::Value> {
         let text = read_text(file)?;

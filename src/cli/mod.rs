@@ -8,6 +8,7 @@ mod health;
 mod inspect;
 mod logits;
 mod serve;
+mod storage;
 
 use std::process::ExitCode;
 

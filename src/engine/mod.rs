@@ -31,7 +31,8 @@ pub struct Job {
     pub tenant: Tenant,
     /// Where it begins; `None` = a fresh sequence.
     pub memory: Option<Arc<Memory>>,
-    /// What to read first; never empty. Begins with what is pending in `memory`.
+    /// What to read first. Begins with what is pending in `memory`. Empty only where there is a `memory` and nothing is to be
+    /// said.
     pub ids: Vec<u32>,
     /// Whether `ids` are `memory.pending.goes_on` and nothing else: the same response goes on.
     pub goes_on: bool,
@@ -43,7 +44,7 @@ pub struct Job {
     pub stop: Vec<String>,
     pub stop_tokens: Vec<u32>,
     pub trim: Trim,
-    /// At least 1.
+    /// 0: the ids are only read, and the state is kept; then `goes_on` is false.
     pub max_tokens: u64,
     /// Whether [`Event::Done`] brings the state.
     pub keep: bool,

@@ -164,12 +164,14 @@ impl Engine {
         if !primed.is_empty() {
             send(&events, Event::Text { choice: 0, text: primed });
         }
-        if response.over() {
+        // A stop string ended it before, or there is nothing to read.
+        if response.over() || job.ids.is_empty() {
+            let ids = |memory: &Memory| if job.goes_on { memory.pending.ends.clone() } else { Vec::new() };
             let kept = job
                 .memory
                 .as_deref()
                 .filter(|_| job.keep)
-                .map(|memory| Box::new(Kept { memory: memory.clone(), ids: memory.pending.ends.clone() }));
+                .map(|memory| Box::new(Kept { memory: memory.clone(), ids: ids(memory) }));
             drop(permit);
             return send(&events, Event::Done { choice: 0, finish: Finish::Stop, sampled: 0, kept });
         }
@@ -240,6 +242,11 @@ impl Engine {
             let logits = wanted.split_off_mut(..positions * self.backend.vocabulary());
             let logits = logits.expect("logits of every position that a row wants them of");
             let choices = span.choice.map_or_else(|| self.begin(span.job), |choice| choice..choice + 1);
+            if self.jobs.get(&span.job).is_some_and(|live| live.job.max_tokens == 0) {
+                // Nothing is to be said: the state after the prompt is what was asked for.
+                choices.for_each(|choice| self.finish(span.job, choice, Finish::Length));
+                continue;
+            }
             // Sampling spoils the logits, so choices that begin from the same ones have copies.
             let copies: Vec<_> = choices.clone().skip(1).map(|_| Logits::Copy(logits.to_vec())).collect();
             let live = self.jobs.get_mut(&span.job).expect("only live jobs are planned");

@@ -102,7 +102,7 @@ impl CopyHead {
 
 impl Head for CopyHead {
     fn segments(&self) -> Vec<Segment> {
-        vec![Segment::Log { name: SEGMENT.into(), width: self.entry(), cap: None }]
+        vec![Segment::Log { name: SEGMENT.into(), width: self.entry(), cap: None, ids: Some(self.key.outputs()) }]
     }
 
     fn forward(&self, x: &Tensor, wanted: &[usize], step: &mut Step) -> Result<Tensor, Error> {

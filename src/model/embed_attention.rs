@@ -78,7 +78,7 @@ impl EmbedAttention {
     fn segments(&self) -> Vec<Segment> {
         let (prefix, size) = (&self.prefix, self.query.outputs());
         let shift = Segment::Fixed { name: format!("{prefix}.shift"), shape: vec![size], init: 0.0 };
-        let text = Segment::Log { name: self.log_name(), width: self.entry(), cap: Some(CONTEXT) };
+        let text = Segment::Log { name: self.log_name(), width: self.entry(), cap: Some(CONTEXT), ids: Some(0) };
         if self.query_mix.is_empty() { vec![text] } else { vec![shift, text] }
     }
 

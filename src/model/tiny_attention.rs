@@ -45,7 +45,7 @@ impl TinyAttention {
 
     /// Key and value of each token.
     pub fn segment(&self, context: usize) -> Segment {
-        Segment::Log { name: self.name.clone(), width: 2 * self.size(), cap: Some(context) }
+        Segment::Log { name: self.name.clone(), width: 2 * self.size(), cap: Some(context), ids: None }
     }
 
     fn size(&self) -> usize {

@@ -104,7 +104,7 @@ impl Mixer for TimeMix {
             Segment::Fixed { name: name("shift"), shape: vec![self.mix.len()], init: 0.0 },
             // The sum of all weights, and each token's value times its weight.
             Segment::Fixed { name: name("denominator"), shape: vec![width], init: 0.0 },
-            Segment::Log { name: name("values"), width, cap: Some(self.context) },
+            Segment::Log { name: name("values"), width, cap: Some(self.context), ids: None },
         ];
         segments.extend(self.tiny.iter().map(|tiny| tiny.segment(self.context)));
         segments

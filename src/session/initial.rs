@@ -8,8 +8,8 @@ use crate::types::{Beginning, InitialName, Memory, SegmentData};
 
 /// The initial states of one model.
 pub struct InitialStates {
-    /// Fingerprint of the model's own, which the engine has.
-    own: String,
+    /// The model's own, which the engine has as well.
+    own: Named,
     named: BTreeMap<InitialName, Named>,
 }
 
@@ -17,6 +17,12 @@ struct Named {
     fingerprint: String,
     /// Has read nothing.
     memory: Arc<Memory>,
+}
+
+impl Named {
+    fn new(segments: Vec<SegmentData>) -> Self {
+        Self { fingerprint: fingerprint(&segments), memory: Arc::new(Memory { segments, ..Memory::default() }) }
+    }
 }
 
 /// A beginning: where the engine starts, and what the record says of it.
@@ -29,19 +35,22 @@ pub(super) struct Fresh {
 impl InitialStates {
     /// None but the model's own: the state of a fresh sequence.
     pub fn new(own: &[SegmentData]) -> Self {
-        Self { own: fingerprint(own), named: BTreeMap::new() }
+        Self { own: Named::new(own.to_vec()), named: BTreeMap::new() }
     }
 
     /// Gives `name` to the state of a fresh sequence that begins otherwise.
     pub fn add(&mut self, name: InitialName, segments: Vec<SegmentData>) {
-        let fingerprint = fingerprint(&segments);
-        let memory = Arc::new(Memory { segments, ..Memory::default() });
-        self.named.insert(name, Named { fingerprint, memory });
+        self.named.insert(name, Named::new(segments));
+    }
+
+    /// The state of a fresh sequence.
+    pub(super) fn own(&self) -> Arc<Memory> {
+        self.own.memory.clone()
     }
 
     /// Of the state whose segments these are; none are the model's own.
     pub(super) fn fingerprint(&self, segments: &[SegmentData]) -> String {
-        if segments.is_empty() { self.own.clone() } else { fingerprint(segments) }
+        if segments.is_empty() { self.own.fingerprint.clone() } else { fingerprint(segments) }
     }
 
     pub fn names(&self) -> Vec<String> {
@@ -51,7 +60,7 @@ impl InitialStates {
     /// What a request that names `name`, or none, begins from.
     pub(super) fn begin(&self, name: Option<&str>) -> Result<Fresh, Error> {
         let Some(wanted) = name else {
-            let beginning = Beginning { name: None, fingerprint: self.own.clone() };
+            let beginning = Beginning { name: None, fingerprint: self.own.fingerprint.clone() };
             return Ok(Fresh { memory: None, beginning });
         };
         let found = self.named.iter().find(|(name, _)| name.as_str() == wanted);
@@ -78,7 +87,7 @@ impl InitialStates {
     /// Says why, when no state here is that one.
     pub(super) fn again(&self, beginning: Option<&Beginning>) -> Result<&[SegmentData], String> {
         let Some(Beginning { name, fingerprint }) = beginning else { return Ok(&[]) };
-        if *fingerprint == self.own {
+        if *fingerprint == self.own.fingerprint {
             return Ok(&[]);
         }
         if let Some(same) = self.named.values().find(|state| state.fingerprint == *fingerprint) {

@@ -1,6 +1,5 @@
 //! Making a response's state durable, and committing the turn.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::origin::{Parent, Session};
@@ -8,7 +7,9 @@ use super::{Cached, Input, Model, Prompt, StateError, StateReceipt, Turn};
 use crate::engine::Kept;
 use crate::state::{self, Archive, Commit};
 use crate::telemetry::{clock, metrics};
-use crate::types::{Beginning, Finish, Memory, Message, Snapshot, SnapshotHead, StateId, TurnRecord, TurnUsage};
+use crate::types::{
+    Beginning, Finish, Memory, Message, Pending, Snapshot, SnapshotHead, StateId, TurnRecord, TurnUsage,
+};
 
 /// Everything about a turn that its stored state and record say.
 pub(super) struct Keeper {
@@ -23,6 +24,9 @@ pub(super) struct Keeper {
     pub expires_at: Option<u64>,
     pub prompt_tokens: u64,
     pub cached_tokens: Cached,
+    /// The last token of a text that is only read. It waits in the state, so that what a turn without new text says can be
+    /// sampled from it.
+    pub waits: Option<u32>,
     pub turn: Turn,
 }
 
@@ -36,7 +40,12 @@ impl Keeper {
         sampled: u64,
     ) -> Result<StateReceipt, StateError> {
         let began = clock::now();
-        let Kept { memory, ids } = kept;
+        let Kept { mut memory, mut ids } = kept;
+        if let Some(last) = self.waits {
+            memory.pending = Pending { ends: vec![last], ..Pending::default() };
+            memory.counts.clear();
+            ids.push(last);
+        }
         let record = self.record(&memory, ids, answer, finish, sampled);
         let head = self.head();
         let receipt = StateReceipt {
@@ -93,7 +102,7 @@ impl Keeper {
             turn,
             created: clock::unix_seconds(),
             expires_at: self.expires_at,
-            metadata: BTreeMap::new(),
+            metadata: self.turn.metadata.clone(),
         }
     }
 

@@ -3,6 +3,7 @@
 mod initial;
 mod keep;
 mod origin;
+mod portable;
 mod prefix;
 mod prompt;
 mod queries;
@@ -21,10 +22,11 @@ use tokio_util::task::TaskTracker;
 use crate::engine;
 use crate::state::{self, Archive};
 use crate::text::{Profile, Tokenizer};
-use crate::types::{Message, Sampling, SessionId, StateId, Tenant, TurnUsage};
+use crate::types::{Message, Sampling, Segment, SessionId, StateId, Tenant, TurnUsage};
 use prefix::PrefixCache;
 
 pub use initial::InitialStates;
+pub use portable::check_metadata;
 pub use prefix::PrefixLimits;
 pub use turn::{Cached, Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
 
@@ -156,6 +158,8 @@ pub struct Model {
     pub text: Arc<dyn Tokenizer>,
     pub profile: Profile,
     pub initial: InitialStates,
+    /// What its state is made of.
+    pub layout: Vec<Segment>,
     /// Choices that can run at once.
     pub seats: usize,
 }

@@ -1,6 +1,6 @@
 //! From what a turn says to the ids that are read.
 
-use super::{Error, Input, Model, Prompt};
+use super::{Error, Input, Model, Prompt, Turn};
 use crate::text::Profile;
 use crate::types::Memory;
 
@@ -16,8 +16,10 @@ pub(super) struct Reading {
 }
 
 /// One [`Reading`] for each prompt; a chat has one. Only what is new is tokenised.
-pub(super) fn read(model: &Model, input: &Input, parent: Option<&Memory>) -> Result<Vec<Reading>, Error> {
-    let new = match input {
+pub(super) fn read(model: &Model, turn: &Turn, parent: Option<&Memory>) -> Result<Vec<Reading>, Error> {
+    // Where nothing is to be answered, whose turn it is to speak stays open.
+    let answered = turn.max_tokens != Some(0);
+    let new = match &turn.input {
         Input::Prompts(prompts) => {
             let plain = |prompt| Ok((prompt_ids(model, prompt)?, Vec::new()));
             prompts.iter().map(plain).collect::<Result<Vec<_>, Error>>()?
@@ -25,7 +27,7 @@ pub(super) fn read(model: &Model, input: &Input, parent: Option<&Memory>) -> Res
         Input::Chat(messages) if messages.is_empty() => vec![(Vec::new(), Vec::new())],
         Input::Chat(messages) => {
             let continues = parent.is_some_and(|m| m.tokens() > 0);
-            let pieces = model.profile.render(messages, continues, true).map_err(|e| Error::Invalid {
+            let pieces = model.profile.render(messages, continues, answered).map_err(|e| Error::Invalid {
                 param: "messages",
                 code: None,
                 message: e.to_string(),

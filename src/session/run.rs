@@ -40,7 +40,7 @@ impl Sessions {
             let (model, memory) = (model.clone(), memory.clone());
             // A long text takes a while: not on a thread that serves other requests.
             tokio::task::spawn_blocking(move || {
-                let readings = prompt::read(&model, &turn.input, memory.as_deref());
+                let readings = prompt::read(&model, &turn, memory.as_deref());
                 (turn, readings)
             })
             .await
@@ -51,7 +51,10 @@ impl Sessions {
         let max_tokens = self.check(&turn, &model, consumed, &readings)?;
 
         let memory = memory.or_else(|| fresh.as_ref().and_then(|fresh| fresh.memory.clone()));
-        let jobs = jobs(&turn, &model, &readings, memory, max_tokens);
+        let mut jobs = jobs(&turn, &model, &readings, memory, max_tokens);
+        if max_tokens == 0 {
+            jobs.iter_mut().for_each(|(job, _)| only_read(job, &model));
+        }
         if jobs.len() > model.engine.capacity() {
             let most = model.engine.capacity();
             return invalid(
@@ -88,6 +91,7 @@ impl Sessions {
             beginning: fresh.map(|fresh| fresh.beginning),
             created,
             expires_at: turn.ttl_s.or(self.default_ttl_s).map(|s| created.saturating_add(s)),
+            waits: readings.first().filter(|_| max_tokens == 0).and_then(|reading| reading.ids.last().copied()),
             prompt_tokens: consumed + readings.first().map_or(0, |r| r.ids.len() as u64),
             cached_tokens,
             turn,
@@ -250,6 +254,14 @@ fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Mem
         }
     }
     jobs
+}
+
+/// Leaves the last id of what is only read to whoever goes on from there. It is then no job for an empty state.
+fn only_read(job: &mut Job, model: &Model) {
+    job.ids.pop();
+    if job.ids.is_empty() && job.memory.is_none() {
+        job.memory = Some(model.initial.own());
+    }
 }
 
 /// The events of all jobs, each with the index of its job's first choice.

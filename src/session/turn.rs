@@ -1,5 +1,6 @@
 //! What goes into a turn and what comes out of it: the language between the wire and the use-cases.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -24,13 +25,15 @@ pub struct Turn {
     pub sampling: Sampling,
     /// Stop strings of the request; the model profile's are added for chat.
     pub stop: Vec<String>,
-    /// `None` = the configured default of this kind of request.
+    /// `None` = the configured default of this kind of request; 0 = only read what is new, and store the state.
     pub max_tokens: Option<u64>,
     pub store: bool,
     pub ttl_s: Option<u64>,
     /// Name of the configured initial state that a fresh sequence begins from.
     pub initial_state: Option<String>,
     pub idempotency_key: Option<String>,
+    /// What the client says of the stored state.
+    pub metadata: BTreeMap<String, String>,
 }
 
 /// Where a turn begins.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::stream::{self, StreamExt, TryStreamExt};
 
-use super::{Damaged, Error, Info, Put, Store, codec};
+use super::{Damaged, Error, Info, Put, Storage, Store, codec};
 use crate::types::{SessionId, Snapshot, StateId, Tenant};
 
 /// States and sessions of all tenants in one store. Cheap to clone. The tenant is part of every key, so one tenant's
@@ -13,6 +13,7 @@ use crate::types::{SessionId, Snapshot, StateId, Tenant};
 #[derive(Clone)]
 pub struct Archive {
     pub(super) store: Arc<dyn Store>,
+    storage: Storage,
 }
 
 /// Which states to list.
@@ -50,7 +51,12 @@ pub(super) const AT_ONCE: usize = 16;
 
 impl Archive {
     pub fn new(store: Arc<dyn Store>) -> Self {
-        Self { store }
+        Self { store, storage: Storage::default() }
+    }
+
+    /// The same, but that states are written so from now on.
+    pub fn storing(self, storage: Storage) -> Self {
+        Self { storage, ..self }
     }
 
     /// Stores a snapshot under its own id and owner and returns the bytes of its recurrent state. It is durable when
@@ -60,8 +66,8 @@ impl Archive {
     /// [`Error::Unfit`] if a value is not finite or a shape is wrong, [`Error::Taken`] if the id is in use.
     pub async fn keep(&self, snapshot: Arc<Snapshot>) -> Result<u64, Error> {
         let key = state_key(&snapshot.head.owner, &snapshot.head.id);
-        let bytes = snapshot.memory.bytes();
-        let file = off_runtime("encode", &key, move || codec::encode(&snapshot)).await?;
+        let (bytes, storage) = (snapshot.memory.bytes(), self.storage);
+        let file = off_runtime("encode", &key, move || codec::encode_as(&snapshot, storage)).await?;
         let file = Bytes::from(file.map_err(|Damaged(why)| Error::Unfit { key: key.clone(), why })?);
         match self.store.put_if_absent(&key, file.clone()).await? {
             Put::Created => Ok(bytes),
@@ -83,6 +89,14 @@ impl Archive {
             return Err(misplaced(&key));
         }
         Ok(Some(snapshot).filter(|s| !s.head.expired(now)))
+    }
+
+    /// The file of a state for whoever wants to take it elsewhere: in the exact format, however it is stored here.
+    pub async fn content(&self, tenant: &Tenant, id: &StateId, now: u64) -> Result<Option<Bytes>, Error> {
+        let Some(snapshot) = self.load(tenant, id, now).await? else { return Ok(None) };
+        let key = state_key(tenant, id);
+        let file = off_runtime("encode", &key, move || codec::encode(&snapshot)).await?;
+        file.map(|file| Some(Bytes::from(file))).map_err(|e| damaged(&key, e))
     }
 
     /// What is known of a state without reading its tensors, unless there is none or it has expired.
@@ -153,6 +167,11 @@ impl Archive {
 
 fn state_key(tenant: &Tenant, id: &StateId) -> String {
     format!("t/{tenant}/states/{id}")
+}
+
+/// Whether a key is that of a snapshot: what it holds is under no other key and never was.
+pub fn is_state(key: &str) -> bool {
+    key.split('/').nth(2) == Some("states")
 }
 
 pub(super) fn damaged(key: &str, Damaged(why): Damaged) -> Error {

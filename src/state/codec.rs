@@ -3,14 +3,16 @@
 //! ```text
 //! u64 length of the header, little endian
 //! header: JSON {"__metadata__": {"rewake": "<JSON of Meta>"}, "<tensor>": {"dtype", "shape", "data_offsets"}, …}, padded
-//! one F32 tensor for each segment, under its name
+//! one tensor for each segment, under its name       F32, or F16, or I8 as `Storage` says
 //! "counts.values" F32 [n], "counts.ids" U32 [n]     decayed occurrence counts
+//! "scales"        F32 [n]                           of the heads of all I8 segments, in the model's order; if there are any
 //! "tail"          U32 [n]                           last ids the state has read
+//! "body.zstd"     U8 [n]                            in place of the segments' tensors: all their bytes, in the model's order
 //! "checksum"      U8 [32]                           BLAKE3 of every byte of the file before these 32
 //! ```
 //!
-//! safetensors puts wider types first and then goes by name, so the checksum, the only U8, is last. Encoding is
-//! deterministic byte for byte. Any safetensors reader can open the file; [`decode`] trusts nothing in it.
+//! safetensors puts wider types first and then goes by name, so the checksum is last. Encoding is deterministic byte for
+//! byte. Any safetensors reader can open the file; [`decode`] trusts nothing in it.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -20,10 +22,13 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo, View};
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::precision::{self, Packed, Storage, heads, pack, unpack};
+use super::squeeze;
 use crate::types::{Memory, Pending, SegmentData, Snapshot, SnapshotHead, TAIL, readable};
 
-/// Version of the layout, in every file.
-pub const FORMAT: u32 = 1;
+/// Version of the layout, in every file: that of exact and plain ones, which every version of this program reads, and that
+/// of the others.
+pub const FORMATS: [u32; 2] = [1, 2];
 
 /// The key of our JSON in the safetensors metadata.
 const META: &str = "rewake";
@@ -31,9 +36,11 @@ const TAIL_IDS: &str = "tail";
 const COUNT_IDS: &str = "counts.ids";
 const COUNT_VALUES: &str = "counts.values";
 const CHECKSUM: &str = "checksum";
+const SCALES: &str = "scales";
+const BODY: &str = "body.zstd";
 /// Names no segment may have.
-const RESERVED: [&str; 5] = ["__metadata__", TAIL_IDS, COUNT_IDS, COUNT_VALUES, CHECKSUM];
-/// Tensors beside the segments.
+const RESERVED: [&str; 7] = ["__metadata__", TAIL_IDS, COUNT_IDS, COUNT_VALUES, CHECKSUM, SCALES, BODY];
+/// Tensors that are always there beside the segments.
 const OTHERS: usize = 4;
 /// Bytes of the checksum.
 const HASH: usize = blake3::OUT_LEN;
@@ -64,36 +71,80 @@ struct Meta<'a> {
     pending: Cow<'a, Pending>,
     /// The model's order, which safetensors does not keep.
     segments: Vec<Cow<'a, str>>,
+    /// What of each segment is in the compressed body, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    body: Option<Vec<Values>>,
 }
 
-/// The file of a snapshot.
+/// A segment's stored values: what its tensor says of itself when it has one of its own.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Values {
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl Values {
+    /// How many there are, and their bytes.
+    fn size(&self) -> Option<(usize, usize)> {
+        let values = self.shape.iter().try_fold(1usize, |n, side| n.checked_mul(*side))?;
+        Some((values, values.checked_mul(precision::width(self.dtype)?)?))
+    }
+}
+
+/// The file of a snapshot, exact and plain.
 ///
 /// # Errors
 /// The snapshot is not one that [`decode`] would accept: a value is not finite, a shape does not fit its values, a
 /// name is used twice.
 pub fn encode(snapshot: &Snapshot) -> Result<Vec<u8>, Damaged> {
+    encode_as(snapshot, Storage::default())
+}
+
+/// The file of a snapshot, stored as `storage` says.
+///
+/// # Errors
+/// The snapshot is not one that [`decode`] would accept: a value is not finite, a shape does not fit its values, a
+/// name is used twice.
+pub fn encode_as(snapshot: &Snapshot, storage: Storage) -> Result<Vec<u8>, Damaged> {
     check(snapshot)?;
     let Snapshot { head, memory } = snapshot;
+    let packed: Vec<Packed> = memory.segments.iter().map(|s| pack(s, storage.precision)).collect();
+    let values = |(s, packed): (&SegmentData, &Packed)| Values { dtype: packed.dtype, shape: s.shape.clone() };
+    let body = if storage.compress { squeeze::compress(&packed, memory.bytes())? } else { None };
     let meta = Meta {
-        format: FORMAT,
+        format: FORMATS[usize::from(storage != Storage::default())],
         head: Cow::Borrowed(head),
         consumed: memory.consumed,
         pending: Cow::Borrowed(&memory.pending),
         segments: memory.segments.iter().map(|s| Cow::Borrowed(s.name.as_str())).collect(),
+        body: body.is_some().then(|| memory.segments.iter().zip(&packed).map(values).collect()),
     };
     let meta = serde_json::to_string(&meta).map_err(|e| Damaged(format!("metadata cannot be written: {e}")))?;
 
-    let (ids, values): (Vec<u32>, Vec<f32>) = memory.counts.iter().copied().unzip();
-    let segments = memory.segments.iter().map(|s| (s.name.as_str(), Part::f32(s.shape.clone(), &s.data)));
-    let others = [
-        (COUNT_VALUES, Part::f32(vec![values.len()], &values)),
+    let (ids, counts): (Vec<u32>, Vec<f32>) = memory.counts.iter().copied().unzip();
+    let scales: Vec<f32> = packed.iter().flat_map(|packed| packed.scales.iter().copied()).collect();
+    let mut parts = vec![
+        (COUNT_VALUES, Part::f32(&counts)),
         (COUNT_IDS, Part::u32(&ids)),
         (TAIL_IDS, Part::u32(&memory.tail)),
-        (CHECKSUM, Part { shape: vec![HASH], values: Values::U8([0; HASH]) }),
+        (CHECKSUM, Part::bytes(Dtype::U8, vec![HASH], &[0; HASH])),
     ];
+    if !scales.is_empty() {
+        parts.push((SCALES, Part::f32(&scales)));
+    }
+    match &body {
+        Some(body) => parts.push((BODY, Part::bytes(Dtype::U8, vec![body.len()], body))),
+        None => parts.extend(
+            memory
+                .segments
+                .iter()
+                .zip(&packed)
+                .map(|(s, packed)| (s.name.as_str(), Part::bytes(packed.dtype, s.shape.clone(), &packed.bytes))),
+        ),
+    }
     let metadata = HashMap::from([(META.to_string(), meta)]);
-    let mut file = safetensors::serialize(segments.chain(others), Some(metadata))
-        .map_err(|e| Damaged(format!("not a safetensors file: {e}")))?;
+    let mut file =
+        safetensors::serialize(parts, Some(metadata)).map_err(|e| Damaged(format!("not a safetensors file: {e}")))?;
 
     let end = file.len() - HASH;
     debug_assert!(file[end..] == [0; HASH], "the checksum is the last tensor");
@@ -105,7 +156,8 @@ pub fn encode(snapshot: &Snapshot) -> Result<Vec<u8>, Damaged> {
 /// The snapshot in a file.
 ///
 /// # Errors
-/// Anything that is not exactly what [`encode`] writes in this format, with the reason. Never panics.
+/// Anything that is not exactly what [`encode_as`] writes, with the reason. Never panics, and takes memory in proportion to
+/// the file only.
 pub fn decode(file: &[u8]) -> Result<Snapshot, Damaged> {
     let size = file.len() as u64;
     let header = Header::parse(file, size)?;
@@ -114,22 +166,39 @@ pub fn decode(file: &[u8]) -> Result<Snapshot, Damaged> {
         return Err(Damaged("the checksum does not match the contents".into()));
     }
 
-    let Header { meta, tensors, data_at } = header;
-    let bytes_of = |name: &str, dtype: Dtype| -> Result<(Vec<usize>, &[u8]), Damaged> {
-        let info = tensor(&tensors, name, dtype)?;
+    let Header { meta, tensors, values, data_at } = header;
+    let bytes_of = |name: &str, dtype: Dtype| -> Result<&[u8], Damaged> {
+        let (from, to) = tensor(&tensors, name, dtype)?.data_offsets;
         // `Header::parse` has seen that the offsets lie within the file.
-        Ok((info.shape.clone(), &file[data_at + info.data_offsets.0..data_at + info.data_offsets.1]))
+        Ok(&file[data_at + from..data_at + to])
     };
     let list_of = |name: &str, dtype: Dtype| -> Result<&[u8], Damaged> {
-        let (shape, bytes) = bytes_of(name, dtype)?;
-        if shape.len() == 1 { Ok(bytes) } else { Err(Damaged(format!("`{name}` is not a list"))) }
+        let bytes = bytes_of(name, dtype)?;
+        if tensor(&tensors, name, dtype)?.shape.len() == 1 {
+            Ok(bytes)
+        } else {
+            Err(Damaged(format!("`{name}` is not a list")))
+        }
     };
 
+    let has_scales = tensors.info(SCALES).is_some();
+    let scales = if has_scales { words(list_of(SCALES, Dtype::F32)?, f32::from_le_bytes) } else { Vec::new() };
+    let mut scales = &scales[..];
+    let mut body =
+        meta.body.is_some().then(|| list_of(BODY, Dtype::U8)).transpose()?.map(squeeze::Body::open).transpose()?;
     let mut segments = Vec::with_capacity(meta.segments.len());
-    for name in &meta.segments {
-        let (shape, bytes) = bytes_of(name, Dtype::F32)?;
-        segments.push(SegmentData { name: name.to_string(), shape, data: words(bytes, f32::from_le_bytes) });
+    for (name, stored) in meta.segments.iter().zip(values) {
+        let bytes = match &mut body {
+            Some(body) => body.next(stored.size().map_or(0, |(_, bytes)| bytes))?.into(),
+            None => Cow::Borrowed(bytes_of(name, stored.dtype)?),
+        };
+        let data = unpack(stored.dtype, &stored.shape, &bytes, &mut scales)?;
+        segments.push(SegmentData { name: name.to_string(), shape: stored.shape, data });
     }
+    if !scales.is_empty() {
+        return Err(Damaged(format!("{} scales belong to no segment", scales.len())));
+    }
+    body.map_or(Ok(()), squeeze::Body::end)?;
     let ids = words(list_of(COUNT_IDS, Dtype::U32)?, u32::from_le_bytes);
     let values = words(list_of(COUNT_VALUES, Dtype::F32)?, f32::from_le_bytes);
     if ids.len() != values.len() {
@@ -160,12 +229,8 @@ pub fn head_len(start: &[u8], size: u64) -> Result<usize, Damaged> {
 
 /// What the first [`head_len`] bytes of a file of `size` bytes tell, without the checksum having been seen.
 pub fn decode_head(start: &[u8], size: u64) -> Result<Info, Damaged> {
-    let Header { meta, tensors, .. } = Header::parse(start, size)?;
-    let mut bytes = 0;
-    for name in &meta.segments {
-        let (from, to) = tensor(&tensors, name, Dtype::F32)?.data_offsets;
-        bytes += (to - from) as u64;
-    }
+    let Header { meta, values, .. } = Header::parse(start, size)?;
+    let bytes = values.iter().filter_map(Values::size).map(|(values, _)| 4 * values as u64).sum();
     let tokens = positions(meta.consumed, &meta.pending)?;
     Ok(Info { head: meta.head.into_owned(), tokens, bytes })
 }
@@ -174,6 +239,8 @@ pub fn decode_head(start: &[u8], size: u64) -> Result<Info, Damaged> {
 struct Header {
     meta: Meta<'static>,
     tensors: Metadata,
+    /// Of each segment: of a type that it can have, and together no more than the file can hold.
+    values: Vec<Values>,
     /// Where the tensors begin in the file.
     data_at: usize,
 }
@@ -203,16 +270,59 @@ impl Header {
             format: u32,
         }
         let Version { format } = serde_json::from_str(meta).map_err(unreadable)?;
-        if format != FORMAT {
-            return Err(Damaged(format!("it has format version {format}; this program knows version {FORMAT}")));
+        if !FORMATS.contains(&format) {
+            let [exact, other] = FORMATS;
+            return Err(Damaged(format!("it has format version {format}; this program knows {exact} and {other}")));
         }
         let meta: Meta<'static> = serde_json::from_str(meta).map_err(unreadable)?;
         check_names(meta.segments.iter().map(|name| &**name))?;
-        if tensors.offset_keys().len() != meta.segments.len() + OTHERS {
+        let body = if meta.body.is_some() { 1 } else { meta.segments.len() };
+        if tensors.offset_keys().len() != body + OTHERS + usize::from(tensors.info(SCALES).is_some()) {
             return Err(Damaged("it has tensors that its metadata does not name".into()));
         }
-        Ok(Self { meta, tensors, data_at })
+        let values = values(&meta, &tensors, size)?;
+        Ok(Self { meta, tensors, values, data_at })
     }
+}
+
+/// What is said of each segment's values, checked.
+fn values(meta: &Meta, tensors: &Metadata, size: u64) -> Result<Vec<Values>, Damaged> {
+    let exact = meta.format == FORMATS[0];
+    let all = match &meta.body {
+        Some(_) if exact => return Err(Damaged("its format has no compressed body".into())),
+        Some(body) if body.len() != meta.segments.len() => {
+            let (found, named) = (body.len(), meta.segments.len());
+            return Err(Damaged(format!("its body has {found} segments and its metadata names {named}")));
+        }
+        Some(body) => body.clone(),
+        None => {
+            let values = |name: &Cow<str>| {
+                let info = tensors.info(name).ok_or_else(|| Damaged(format!("the tensor `{name}` is missing")))?;
+                Ok(Values { dtype: info.dtype, shape: info.shape.clone() })
+            };
+            meta.segments.iter().map(values).collect::<Result<Vec<_>, Damaged>>()?
+        }
+    };
+    let mut whole = 0u64;
+    for (name, values) in meta.segments.iter().zip(&all) {
+        let Values { dtype, shape } = values;
+        let possible = match dtype {
+            Dtype::F32 => true,
+            Dtype::F16 => !exact,
+            Dtype::I8 => !exact && heads(shape).is_some(),
+            _ => false,
+        };
+        if !possible {
+            let expected = if exact { "F32" } else { "F32, F16 or, of heads, I8" };
+            return Err(Damaged(format!("`{name}` is {dtype} and not {expected}")));
+        }
+        let values = values.size().map(|(values, _)| values as u64);
+        whole = values
+            .and_then(|values| whole.checked_add(values.checked_mul(4)?))
+            .filter(|whole| *whole <= squeeze::RATIO * size)
+            .ok_or_else(|| Damaged(format!("`{name}` of shape {shape:?} cannot be in a file of {size} bytes")))?;
+    }
+    Ok(all)
 }
 
 fn tensor<'a>(tensors: &'a Metadata, name: &str, dtype: Dtype) -> Result<&'a TensorInfo, Damaged> {
@@ -268,49 +378,37 @@ fn words<T>(bytes: &[u8], word: impl Fn([u8; 4]) -> T) -> Vec<T> {
 
 /// A tensor to be written.
 struct Part<'a> {
+    dtype: Dtype,
     shape: Vec<usize>,
-    values: Values<'a>,
-}
-
-enum Values<'a> {
-    F32(&'a [f32]),
-    U32(&'a [u32]),
-    U8([u8; HASH]),
+    bytes: Cow<'a, [u8]>,
 }
 
 impl<'a> Part<'a> {
-    fn f32(shape: Vec<usize>, values: &'a [f32]) -> Self {
-        Self { shape, values: Values::F32(values) }
+    fn f32(values: &[f32]) -> Self {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        Self { dtype: Dtype::F32, shape: vec![values.len()], bytes: bytes.into() }
     }
-    fn u32(values: &'a [u32]) -> Self {
-        Self { shape: vec![values.len()], values: Values::U32(values) }
+    fn u32(values: &[u32]) -> Self {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        Self { dtype: Dtype::U32, shape: vec![values.len()], bytes: bytes.into() }
+    }
+    fn bytes(dtype: Dtype, shape: Vec<usize>, bytes: &'a [u8]) -> Self {
+        Self { dtype, shape, bytes: Cow::Borrowed(bytes) }
     }
 }
 
 impl View for Part<'_> {
     fn dtype(&self) -> Dtype {
-        match self.values {
-            Values::F32(_) => Dtype::F32,
-            Values::U32(_) => Dtype::U32,
-            Values::U8(_) => Dtype::U8,
-        }
+        self.dtype
     }
     fn shape(&self) -> &[usize] {
         &self.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
-        match &self.values {
-            Values::F32(values) => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            Values::U32(values) => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            Values::U8(bytes) => Cow::Borrowed(bytes),
-        }
+        Cow::Borrowed(&self.bytes)
     }
     fn data_len(&self) -> usize {
-        match &self.values {
-            Values::F32(values) => 4 * values.len(),
-            Values::U32(values) => 4 * values.len(),
-            Values::U8(bytes) => bytes.len(),
-        }
+        self.bytes.len()
     }
 }
 

@@ -10,20 +10,29 @@
 //! when a server starts, and any number of servers may share one store. No clock in here: `now` is an argument.
 
 mod archive;
+mod bucket;
 mod codec;
+mod fit;
 mod local;
 mod memory;
+mod precision;
 mod record;
 mod sessions;
+mod squeeze;
 mod store;
+mod tiered;
 
-pub use archive::{Archive, Listed, Wanted};
-pub use codec::{Damaged, FORMAT, Info, decode, decode_head, encode, head_len};
+pub use archive::{Archive, Listed, Wanted, is_state};
+pub use bucket::{Bucket, Place};
+pub use codec::{Damaged, FORMATS, Info, decode, decode_head, encode, encode_as, head_len};
+pub use fit::fits;
 pub use local::Local;
 pub use memory::InMemory;
+pub use precision::{Precision, Storage};
 pub use record::Entry;
 pub use sessions::{Commit, Head};
 pub use store::{Put, Start, Store};
+pub use tiered::{Bounded, Tiered};
 
 /// Why something could not be kept, found or removed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -40,8 +40,9 @@ pub enum Segment {
     /// Constant size: `shape` f32 values, which start as `init` everywhere.
     Fixed { name: String, shape: Vec<usize>, init: f32 },
     /// Grows with the text: entries of `width` f32 values, none at first. Its shape in a snapshot is `[entries, width]`.
-    /// With `cap`, a sequence can have no more than that many tokens.
-    Log { name: String, width: usize, cap: Option<usize> },
+    /// With `cap`, it has one for each token that was read, and a sequence can have no more than that many. `ids` is which
+    /// value of an entry, if any, is the token's id.
+    Log { name: String, width: usize, cap: Option<usize>, ids: Option<usize> },
 }
 
 impl Segment {

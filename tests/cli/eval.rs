@@ -203,3 +203,27 @@ fn divergence_is_what_the_logits_say() {
     let refused = run!("eval", "--text", file, "--against", other).error();
     assert!(refused.contains("vocabulary of 320"), "{refused}");
 }
+
+#[test]
+fn storing_exactly_costs_nothing_and_less_exactly_little() {
+    let folder = folder();
+    let file = write(&folder.path().join("story.txt"), &STORY.repeat(4));
+    let report = json_of(&["--states", "--text", &file]);
+    let number = |line: &Value, key: &str| line[key].as_f64().expect("a number");
+    let [f32, f16, int8] = &report["stored"].as_array().expect("lines")[..] else { panic!("{report}") };
+    assert_eq!([f32, f16, int8].map(|line| line["precision"].as_str()), [Some("f32"), Some("f16"), Some("int8")]);
+    assert_eq!((number(f32, "kl_divergence_worst"), number(f32, "top1_agreement")), (0.0, 1.0));
+    assert!(number(f16, "kl_divergence") > 0.0 && number(f16, "kl_divergence") < 1e-6, "{f16}");
+    assert!(number(int8, "kl_divergence") > 0.0 && number(int8, "kl_divergence") < 1e-2, "{int8}");
+    for line in [f32, f16, int8] {
+        assert!(number(line, "top1_agreement") > 0.95, "{line}");
+        assert!(number(line, "bytes_compressed") < number(line, "bytes"), "{line}");
+    }
+    assert!(number(f16, "bytes") < 0.55 * number(f32, "bytes") && number(int8, "bytes") < 0.3 * number(f32, "bytes"));
+    // People see the same, shorter.
+    let text = run!("eval", "--states", "--text", file).ok();
+    assert!(text.starts_with("precision ") && text.lines().count() == 4, "{text}");
+    let short = write(&folder.path().join("short.txt"), "Once");
+    assert!(run!("eval", "--states", "--text", short).error().contains("states are stored after 16"));
+    assert_eq!(run!("eval", "--states", "--lambada", file).code, Some(2));
+}

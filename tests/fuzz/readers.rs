@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rewake::config::{Config, Flags};
-use rewake::model::{Checkpoint, Conversion, Format, Kind, LoadOptions, Lora, Model, load};
+use rewake::model::{Checkpoint, Conversion, Description, Format, Kind, LoadOptions, Lora, Model, load};
 use rewake::state;
 use rewake::text::{self, Tokenizer};
 use rewake::types::{Row, SeqId, SlotId, Want};
@@ -126,6 +126,25 @@ pub fn snapshot(file: &[u8]) -> Result<(), String> {
     head?;
     let again = state::encode(&snapshot).map_err(|e| format!("what was read cannot be written: {e}"))?;
     assert!(state::decode(&again).is_ok_and(|other| other == snapshot), "a snapshot survives writing");
+    Ok(())
+}
+
+/// A state that is brought to `model`, which goes on from it if it is let in.
+pub fn import(model: &mut Model, file: &[u8]) -> Result<(), String> {
+    let memory = state::decode(file).map_err(|e| e.to_string())?.memory;
+    let Description { vocabulary, context, .. } = *model.description();
+    state::fits(&memory, model.segments(), vocabulary).map_err(|e| e.to_string())?;
+    let ids = [&memory.pending.ends[..], &[0, vocabulary as u32 - 1]].concat();
+    if context.is_some_and(|context| memory.consumed + ids.len() as u64 > context as u64) {
+        return Err("the request that goes on is refused: the text is too long".into());
+    }
+    let mut pool = model.pool(1).map_err(|e| e.to_string())?;
+    let slot = SlotId(0);
+    pool.restore(slot, &memory.segments).expect("what fits can be restored");
+    let (at, tokens, want) = (memory.consumed, 0..ids.len(), Want::All);
+    let row = Row { seq: SeqId(0), from: slot, into: slot, at, tokens, want };
+    // Other sequences are in the same step, which a state must not make fail.
+    model.step(&mut pool, &ids, &[row], &mut Vec::new()).expect("what fits can be gone on with");
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use rewake::model::{Format, Kind};
 
 /// A file cut off at so many places, then with a byte changed at so many, evenly spread and more of them near the front,
 /// where headers are.
-fn harmed(file: &[u8], cuts: usize, changes: usize) -> impl Iterator<Item = (String, Vec<u8>)> {
+pub fn harmed(file: &[u8], cuts: usize, changes: usize) -> impl Iterator<Item = (String, Vec<u8>)> {
     let place = move |n: usize, of: usize| (file.len() - 1) * n * n / (of * of).max(1);
     let cut = (0..cuts).map(move |n| place(n, cuts)).map(|at| (format!("cut off at {at}"), file[..at].to_vec()));
     let changed = (0..changes).flat_map(move |n| {
@@ -41,11 +41,12 @@ fn checkpoints_with_a_byte_changed_are_read_or_refused() {
 
 #[test]
 fn other_files_with_a_byte_changed_are_read_or_refused() {
-    let snapshot = snapshots::sound();
-    for (harm, file) in harmed(&snapshot, 100, 300) {
-        let _ = within(&harm, file.len(), 64, || readers::snapshot(&file));
-        let file = snapshots::sealed(file);
-        let _ = within(&harm, file.len(), 64, || readers::snapshot(&file));
+    for snapshot in [vec![snapshots::sound()], snapshots::stored()].concat() {
+        for (harm, file) in harmed(&snapshot, 40, 150) {
+            let _ = within(&harm, file.len(), 64, || readers::snapshot(&file));
+            let file = snapshots::sealed(file);
+            let _ = within(&harm, file.len(), 64, || readers::snapshot(&file));
+        }
     }
     let tokenizer = std::fs::read(seeds::data("formats/hf_v4/tokenizer.json")).expect("a tokenizer");
     for (harm, file) in harmed(&tokenizer, 20, 60) {
@@ -84,6 +85,10 @@ fn seeds_for_fuzzing() {
     let vocabulary: String = (0..256).map(|b| format!("{} b'\\x{b:02x}' 1\n", b + 1)).collect();
     put("vocabulary", "bytes.txt", vocabulary.as_bytes());
     put("snapshot", "sound", &snapshots::sound());
+    for (n, stored) in snapshots::stored().iter().enumerate() {
+        put("snapshot", &format!("stored-{n}"), stored);
+    }
+    put("import", "sound", &snapshots::state_of(&mut snapshots::model("v7_bf16")));
     let config = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("config/rewake.toml");
     put("config", "rewake.toml", &std::fs::read(config).expect("the documented file"));
 }

@@ -19,7 +19,7 @@ use rewake::types::Tenant;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
-use crate::server::{Server, config, expected};
+use crate::server::{Server, config, expected, prepare_clients};
 
 const KEY: &str = "sk-conformance";
 
@@ -42,6 +42,7 @@ async fn served() -> Served {
 }
 
 fn client(address: &str, key: &str) -> Client<OpenAIConfig> {
+    prepare_clients();
     Client::with_config(OpenAIConfig::new().with_api_base(format!("http://{address}/v1")).with_api_key(key))
 }
 

@@ -137,3 +137,26 @@ async fn without_a_good_key_there_is_nothing() {
     let header = server.client().post_with(COMPLETIONS, &[("x-api-key", "sk-bob")], turn).await;
     assert_eq!(header.status, 200);
 }
+
+#[tokio::test]
+async fn a_state_is_whoever_s_imports_it() {
+    use axum::body::Body;
+    use axum::http::Request;
+    let server = server();
+    let (ann, bob) = (server.client().with_key("sk-ann"), server.client().with_key("sk-bob"));
+    let owned = ann.ok("/v1/states", json!({"prompt": "A cat"})).await.json()["id"].as_str().expect("an id").to_owned();
+    let content = format!("/v1/states/{owned}/content");
+    let unknown = StateId::new(1, 2).to_string();
+    let (foreign, nobody) = (bob.get(&content).await, bob.get(&format!("/v1/states/{unknown}/content")).await);
+    assert_eq!(refusal(&foreign, &owned), refusal(&nobody, &unknown));
+    assert_eq!(bob.post("/v1/states", json!({"prompt": "x", "state_id": owned})).await.code(), "state_not_found");
+    let file = ann.send(crate::server::get(&content)).await.expect("a reply").into_body();
+    let file = axum::body::to_bytes(file, usize::MAX).await.expect("a file");
+    let import = Request::post("/v1/states/import").header("content-type", "application/octet-stream");
+    let brought = bob.call(import.body(Body::from(file)).expect("a good request")).await;
+    assert_eq!(brought.status, 200, "{}", brought.text);
+    let brought = brought.json()["id"].as_str().expect("an id").to_owned();
+    assert_eq!(ids(&bob, "/v1/states").await, std::slice::from_ref(&brought));
+    assert_eq!(ids(&ann, "/v1/states").await, [owned]);
+    assert_eq!(ann.get(&format!("/v1/states/{brought}")).await.code(), "state_not_found");
+}

@@ -1,7 +1,7 @@
 //! The snapshot format: exact, deterministic, readable by others, and suspicious.
 
 use proptest::prelude::*;
-use rewake::state::{decode, decode_head, encode, head_len};
+use rewake::state::{Info, Precision, Storage, decode, decode_head, encode, encode_as, head_len};
 use rewake::types::{Memory, Pending, SegmentData, Snapshot, TAIL};
 use safetensors::{Dtype, SafeTensors};
 
@@ -125,7 +125,7 @@ fn what_cannot_be_resumed_is_never_written() {
 fn a_forged_file_with_a_right_checksum_is_refused_with_the_reason() {
     let why = |from: &str, to: &str| decode(&forged(from, to)).unwrap_err().0;
     assert!(decode(&forged("demo", "made")).is_ok(), "resealing itself works");
-    assert_eq!(why(r#"\"format\":1"#, r#"\"format\":2"#), "it has format version 2; this program knows version 1");
+    assert_eq!(why(r#"\"format\":1"#, r#"\"format\":3"#), "it has format version 3; this program knows 1 and 2");
     assert_eq!(why(r#""rewake""#, r#""rewoke""#), "it is a safetensors file but not a snapshot");
     assert_eq!(why(r#""tail":{"dtype":"U32""#, r#""tail":{"dtype":"I32""#), "`tail` is I32 and not U32");
     assert_eq!(why(r#""a.second":{"dtype":"F32""#, r#""a.second":{"dtype":"I32""#), "`a.second` is I32 and not F32");
@@ -177,6 +177,111 @@ fn a_header_that_claims_the_world_is_refused_without_allocating_it() {
     assert!(decode(&file).is_err());
 }
 
+/// Every way to store but the plain exact one.
+fn storages() -> impl Iterator<Item = Storage> {
+    let all = [Precision::F32, Precision::F16, Precision::Int8].into_iter();
+    all.flat_map(|precision| [false, true].map(|compress| Storage { precision, compress })).skip(1)
+}
+
+/// A snapshot that is worth compressing, with two heads and a vector.
+fn large() -> Snapshot {
+    let mut large = snapshot(1);
+    let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 7.0;
+    let segment = |name: &str, shape: &[usize]| {
+        let data = (0..shape.iter().product()).map(value).collect();
+        SegmentData { name: name.into(), shape: shape.into(), data }
+    };
+    large.memory.segments = vec![segment("b.matrix", &[2, 16, 16]), segment("a.vector", &[40])];
+    large
+}
+
+fn info(file: &[u8]) -> Info {
+    decode_head(&file[..head_len(file, file.len() as u64).unwrap()], file.len() as u64).unwrap()
+}
+
+#[test]
+fn less_exact_and_compressed_files_tell_what_they_are() {
+    let (large, plain) = (large(), encode(&large()).unwrap());
+    for storage in storages() {
+        let file = encode_as(&large, storage).unwrap();
+        assert!(file.len() < plain.len(), "{storage:?}");
+        assert_eq!(encode_as(&large, storage).unwrap(), file, "{storage:?} is deterministic");
+        assert_eq!(info(&file), info(&plain), "{storage:?}");
+        let tensors = SafeTensors::deserialize(&file).unwrap();
+        let of = |name: &str| tensors.tensor(name).map(|tensor| tensor.dtype()).ok();
+        let (matrix, vector, scales) = match (storage.precision, storage.compress) {
+            (Precision::Int8, true) => (None, None, Some(Dtype::F32)),
+            (_, true) => (None, None, None),
+            (Precision::F32, false) => unreachable!("it is plain"),
+            (Precision::F16, false) => (Some(Dtype::F16), Some(Dtype::F16), None),
+            (Precision::Int8, false) => (Some(Dtype::I8), Some(Dtype::F16), Some(Dtype::F32)),
+        };
+        assert_eq!((of("b.matrix"), of("a.vector"), of("scales")), (matrix, vector, scales), "{storage:?}");
+        assert_eq!(of("body.zstd").is_some(), storage.compress);
+        let back = decode(&file).unwrap();
+        assert_eq!((&back.head, &back.memory.pending), (&large.head, &large.memory.pending));
+        for (one, other) in back.memory.segments.iter().zip(&large.memory.segments) {
+            assert_eq!((&one.name, &one.shape), (&other.name, &other.shape));
+            let off = one.data.iter().zip(&other.data).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+            let most = match storage.precision {
+                Precision::F32 => 0.0,
+                Precision::F16 => 50.0 / 7.0 / 2048.0,
+                Precision::Int8 => 50.0 / 7.0 / 254.0 * 1.001,
+            };
+            assert!(off <= most, "{storage:?}, {}: {off}", one.name);
+        }
+    }
+}
+
+#[test]
+fn damage_of_every_kind_of_file_is_noticed() {
+    for storage in storages() {
+        let file = encode_as(&large(), storage).unwrap();
+        for bit in (0..file.len() * 8).step_by(13) {
+            let mut flipped = file.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode(&flipped).is_err(), "{storage:?}, bit {bit}");
+            // With a checksum that fits, it only must not panic.
+            let _ = decode(&resealed(flipped));
+        }
+        (0..file.len()).for_each(|len| assert!(decode(&file[..len]).is_err()));
+    }
+}
+
+#[test]
+fn a_state_that_is_nearly_nothing_is_not_compressed() {
+    let mut zeros = large();
+    zeros.memory.segments[0] = SegmentData { name: "z".into(), shape: vec![1 << 16], data: vec![0.0; 1 << 16] };
+    let file = encode_as(&zeros, Storage { precision: Precision::F32, compress: true }).unwrap();
+    assert!(file.len() > 1 << 18, "a reader could not tell it from a bomb");
+    assert_eq!(decode(&file).unwrap(), zeros);
+}
+
+#[test]
+fn a_body_that_lies_is_refused() {
+    let compressed = |compress| Storage { precision: Precision::Int8, compress };
+    let lie = |storage, from: &str, to: &str| {
+        assert_eq!(from.len(), to.len());
+        let mut file = encode_as(&large(), storage).unwrap();
+        let at = file.windows(from.len()).position(|w| w == from.as_bytes()).unwrap_or_else(|| panic!("no {from}"));
+        file[at..at + to.len()].copy_from_slice(to.as_bytes());
+        decode(&resealed(file)).unwrap_err().0
+    };
+    let body = compressed(true);
+    assert!(lie(body, r#"\"shape\":[40]"#, r#"\"shape\":[41]"#).contains("cannot be read"));
+    assert!(lie(body, r#"\"shape\":[40]"#, r#"\"shape\":[39]"#).contains("longer than its segments"));
+    assert!(lie(body, r#"\"shape\":[2,16,16]"#, r#"\"shape\":[2,16,1e]"#).contains("cannot be read"));
+    assert!(lie(body, r#"\"shape\":[2,16,16]"#, r#"\"shape\":[2,99,99]"#).contains("cannot be in a file"));
+    assert!(lie(body, r#"\"dtype\":\"I8\""#, r#"\"dtype\":\"U8\""#).contains("is U8 and not"));
+    assert!(lie(body, r#"\"dtype\":\"F16\""#, r#"\"dtype\":\"F64\""#).contains("is F64 and not"));
+    assert!(lie(body, r#"\"format\":2"#, r#"\"format\":1"#).contains("has no compressed body"));
+    assert!(lie(body, r#""scales""#, r#""scalez""#).contains("does not name"));
+    assert!(lie(compressed(false), r#"\"format\":2"#, r#"\"format\":1"#).contains("not F32"));
+    assert!(lie(compressed(false), r#"[2,16,16]"#, r#"[2, 16,16"#).starts_with("its header"));
+    assert!(lie(compressed(false), r#""shape":[2,16,16]"#, r#""shape":[16,2,16]"#).contains("2 scales where 16"));
+    assert!(lie(compressed(false), r#""shape":[2,16,16]"#, r#""shape":[1,32,16]"#).contains("belong to no segment"));
+}
+
 fn finite() -> impl Strategy<Value = f32> {
     any::<u32>().prop_map(f32::from_bits).prop_filter("finite", |x| x.is_finite())
 }
@@ -211,6 +316,27 @@ proptest! {
         prop_assert_eq!(bits(&back), bits(&whole));
         let info = decode_head(&file[..head_len(&file, file.len() as u64).unwrap()], file.len() as u64).unwrap();
         prop_assert_eq!((info.tokens, info.bytes), (whole.memory.tokens(), whole.memory.bytes()));
+    }
+
+    #[test]
+    fn whatever_can_be_stored_exactly_can_be_stored_otherwise(memory in any_memory()) {
+        let whole = Snapshot { head: snapshot(1).head, memory };
+        for storage in storages() {
+            let file = encode_as(&whole, storage).unwrap();
+            let back = decode(&file).unwrap();
+            if storage.precision == Precision::F32 {
+                prop_assert_eq!(bits(&back), bits(&whole));
+            }
+            let parts = |s: &Snapshot| -> Vec<_> {
+                s.memory.segments.iter().map(|s| (s.name.clone(), s.shape.clone())).collect()
+            };
+            prop_assert_eq!(parts(&back), parts(&whole));
+            prop_assert_eq!(&back.memory.counts, &whole.memory.counts);
+            // What was stored less exactly is stored in the same way without a further loss.
+            if storage.precision == Precision::F16 {
+                prop_assert_eq!(encode_as(&back, storage).unwrap(), file);
+            }
+        }
     }
 
     #[test]

@@ -4,14 +4,22 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use rewake::state::{Error, InMemory, Local, Put, Store};
+use rewake::state::{Bounded, Bucket, Error, InMemory, Local, Put, Store, Tiered, is_state};
 use tempfile::TempDir;
 
 /// Every implementation, with what keeps it alive.
 async fn stores() -> Vec<(Arc<dyn Store>, Option<TempDir>)> {
     let folder = tempfile::tempdir().unwrap();
     let local = Local::open(folder.path()).await.unwrap();
-    vec![(Arc::new(InMemory::default()), None), (Arc::new(local), Some(folder))]
+    let bucket = |prefix| Bucket::over(Arc::new(object_store::memory::InMemory::new()), prefix);
+    let near = Bounded::new(InMemory::default(), 1 << 20);
+    vec![
+        (Arc::new(InMemory::default()), None),
+        (Arc::new(local), Some(folder)),
+        (Arc::new(bucket("")), None),
+        (Arc::new(bucket("a/prefix")), None),
+        (Arc::new(Tiered::new(near, Arc::new(bucket("")), is_state)), None),
+    ]
 }
 
 fn bytes(text: &str) -> Bytes {
@@ -111,7 +119,9 @@ async fn of_many_puts_at_once_exactly_one_creates() {
     let (one, other) = (Local::open(folder.path()).await.unwrap(), Local::open(folder.path()).await.unwrap());
     let shared: [Arc<dyn Store>; 2] = [Arc::new(one), Arc::new(other)];
     let memory: Arc<dyn Store> = Arc::new(InMemory::default());
-    for stores in [shared.as_slice(), &[memory]] {
+    let objects = Arc::new(object_store::memory::InMemory::new());
+    let bucket = || -> Arc<dyn Store> { Arc::new(Bucket::over(objects.clone(), "p")) };
+    for stores in [shared.as_slice(), &[memory], &[bucket(), bucket()]] {
         for round in 0..20 {
             let key = format!("race/{round}/x");
             let puts = (0..8).map(|n| {

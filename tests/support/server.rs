@@ -20,6 +20,12 @@ use tower::ServiceExt;
 pub const COMPLETIONS: &str = "/v1/completions";
 pub const CHAT: &str = "/v1/chat/completions";
 
+/// Lets clients be made: one build has one HTTP client for all that use it, and it comes without cryptography.
+pub fn prepare_clients() {
+    // Only the first call counts.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
 /// The defaults: the embedded model, no keys.
 pub fn config() -> Config {
     Config::load(&Flags::default(), std::iter::empty()).expect("the defaults are valid")
@@ -101,6 +107,7 @@ impl Client {
 
     /// To a listening server.
     pub fn to(address: &str) -> Self {
+        prepare_clients();
         Self { way: Way::Network { http: reqwest::Client::new(), address: address.into() }, key: None }
     }
 

@@ -259,6 +259,7 @@ impl Generation {
             store,
             // Elsewhere a repeated request is simply answered again.
             idempotency_key: head.idempotency_key.filter(|_| in_session),
+            metadata: BTreeMap::new(),
         };
         Ok(Order { turn, stream, ignored })
     }
@@ -317,10 +318,7 @@ impl Generation {
     fn ttl(&self, store: bool) -> Result<Option<u64>, Error> {
         match self.state_ttl_s {
             Some(_) if !store => Err(Error::invalid("state_ttl_s", "`state_ttl_s` needs `store_state: true`")),
-            Some(ttl) if !(1..=LONGEST_TTL_S).contains(&ttl) => {
-                Err(Error::invalid("state_ttl_s", format!("`state_ttl_s` must be from 1 to {LONGEST_TTL_S}")))
-            }
-            ttl => Ok(ttl),
+            seconds => ttl("state_ttl_s", seconds),
         }
     }
 
@@ -376,6 +374,16 @@ impl Generation {
             },
             seed: self.seed.map_or(fresh_seed, |seed| seed.0),
         })
+    }
+}
+
+/// Refuses a time to live that is none, or longer than any.
+pub fn ttl(name: &'static str, seconds: Option<u64>) -> Result<Option<u64>, Error> {
+    match seconds {
+        Some(ttl) if !(1..=LONGEST_TTL_S).contains(&ttl) => {
+            Err(Error::invalid(name, format!("`{name}` must be from 1 to {LONGEST_TTL_S}")))
+        }
+        ttl => Ok(ttl),
     }
 }
 

@@ -5,12 +5,14 @@ pub mod completions;
 #[cfg(test)]
 mod fixture;
 mod generation;
-mod message;
+pub mod message;
 mod parameters;
 pub mod reply;
 #[cfg(test)]
 mod stream_tests;
 
-pub use generation::Rules;
-pub use parameters::IGNORED_PARAMS;
+pub use completions::Prompts;
+pub use generation::{Generation, Head, Rules, ttl};
+pub use message::ChatMessage;
+pub use parameters::{IGNORED_PARAMS, fields_of, ignored_header, refuse_unknown, sort_out};
 pub use reply::STATE_ID;
