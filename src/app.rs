@@ -15,7 +15,7 @@ use crate::config::{self, Config, ProfileChoice};
 use crate::engine::{Handle, ModelBackend};
 use crate::model::{self, Checkpoint, LoadOptions, Lora, Team};
 use crate::scheduler::Limits;
-use crate::session::{InitialStates, Model, ModelCard, Sessions};
+use crate::session::{InitialStates, Model, ModelCard, Policy, Quotas, Sessions, SweepPace};
 use crate::state::{Archive, InMemory, Local, Store};
 use crate::telemetry::{clock, metrics};
 use crate::text::{self, Profile, Tokenizer};
@@ -44,7 +44,11 @@ impl App {
     /// As [`App::new`], over a store of the caller's.
     pub fn with_store(config: &Config, store: Arc<dyn Store>) -> anyhow::Result<Self> {
         let ttl = (config.states.default_ttl_s > 0).then_some(config.states.default_ttl_s);
-        let sessions = Arc::new(Sessions::new(Archive::new(store), config.turns.clone(), ttl));
+        let archive = Archive::new(store).with_grace(config.states.grace_s);
+        let of = config.tenant.iter().map(|tenant| (tenant.name.clone(), tenant.quota)).collect();
+        let quotas = Quotas::new(config.states.quota, of);
+        let policy = Policy { snapshots: config.states.session_snapshots, quotas };
+        let sessions = Arc::new(Sessions::new(archive, config.turns.clone(), ttl).with_policy(policy));
         let router = api::router(api::App {
             sessions: sessions.clone(),
             keys: config.key.clone(),
@@ -63,6 +67,11 @@ impl App {
     ) -> io::Result<()> {
         let Self { router, sessions, drain } = self;
         let (drained, wait) = tokio::sync::oneshot::channel();
+        let sweeping = sessions.clone();
+        let sweep = tokio::spawn(async move {
+            sweeping.ready().await;
+            sweeping.sweep_always(SweepPace::default()).await;
+        });
         let serve = axum::serve(listener, router).with_graceful_shutdown(async move {
             shutdown.await;
             sessions.drain();
@@ -75,10 +84,13 @@ impl App {
             let _ = wait.await;
             tokio::time::sleep(Duration::from_secs(2)).await;
         };
-        tokio::select! {
+        let served = tokio::select! {
             served = async { serve.await } => served,
             () = linger => Ok(()),
-        }
+        };
+        // Whatever it was at is done by the next one.
+        sweep.abort();
+        served
     }
 }
 

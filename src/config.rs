@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::api::{ApiLimits, Key};
-use crate::session::TurnLimits;
+use crate::session::{Quota, TurnLimits};
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
-use crate::types::{InitialName, readable};
+use crate::types::{InitialName, Tenant, readable};
 
 /// Everything that can be configured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -24,6 +24,16 @@ pub struct Config {
     pub model: Vec<Model>,
     /// API keys; none = everybody may do everything.
     pub key: Vec<Key>,
+    /// Quotas of single tenants; others have that of `[states]`.
+    pub tenant: Vec<TenantQuota>,
+}
+
+/// How much one tenant may have stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TenantQuota {
+    pub name: Tenant,
+    pub quota: Quota,
 }
 
 /// Where the server listens.
@@ -44,14 +54,27 @@ impl Default for Server {
     }
 }
 
-/// Where states are kept.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// Where states are kept, and which.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct States {
     /// A folder; empty = the platform's data folder; `:memory:` = nothing outlives the process.
     pub dir: String,
     /// Seconds that a state is kept when the request does not say; 0 = until it is deleted.
     pub default_ttl_s: u64,
+    /// States that each session keeps, its head included; 0 = all. Older turns are read again when they are asked for.
+    pub session_snapshots: u64,
+    /// Seconds before what a crash or a deletion left is removed: longer than any turn runs.
+    pub grace_s: u64,
+    /// The most that each tenant may have stored; 0 = as much as there is room for.
+    pub quota: Quota,
+}
+
+impl Default for States {
+    fn default() -> Self {
+        let (dir, quota) = (String::new(), Quota::default());
+        Self { dir, default_ttl_s: 0, session_snapshots: 32, grace_s: 6 * 3600, quota }
+    }
 }
 
 /// How much runs at once.
@@ -247,6 +270,11 @@ impl Config {
         for (n, key) in self.key.iter().enumerate() {
             if self.key[..n].iter().any(|other| other.name == key.name || other.hash == key.hash) {
                 return wrong(&format!("key.{n}"), &format!("has a name or a hash that another has: `{}`", key.name));
+            }
+        }
+        for (n, tenant) in self.tenant.iter().enumerate() {
+            if self.tenant[..n].iter().any(|other| other.name == tenant.name) {
+                return wrong(&format!("tenant.{n}"), &format!("has the name `{}`, which another has", tenant.name));
             }
         }
         let mut names = std::collections::BTreeSet::new();

@@ -41,6 +41,7 @@ fn snapshot(n: u64) -> Snapshot {
         fingerprint: "b3".into(),
         arithmetic: "1".into(),
         session: None,
+        record: None,
         turn: n,
         created: 100 + n,
         expires_at: None,
@@ -67,6 +68,7 @@ fn snapshot(n: u64) -> Snapshot {
 fn made_by(n: u64, session: &SessionId) -> Snapshot {
     let mut snapshot = snapshot(n);
     snapshot.head.session = Some(session.clone());
+    snapshot.head.record = Some(n);
     snapshot
 }
 
@@ -85,6 +87,7 @@ fn turn(n: u64) -> TurnRecord {
         takes_back: 0,
         ids: vec![1, 2, 3],
         answer_ids: 1,
+        resume: None,
         response_id: format!("cmpl-{n}"),
         seed: n,
         usage: Default::default(),

@@ -3,6 +3,8 @@
 //! ```text
 //! t/{tenant}/states/{state id}               one immutable snapshot, a safetensors file     (codec)
 //! t/{tenant}/sessions/{session id}/{turn}    one turn record, twelve digits, JSON           (record)
+//! t/{tenant}/forks|evicted|keys/…            what neither can say of itself                 (marks)
+//! t/{tenant}/aside/{state id}                a damaged snapshot that is out of the way      (remnant)
 //! ```
 //!
 //! [`Store`] keeps bytes under keys, [`Archive`] gives keys and bytes their meaning. Everything is written once, by
@@ -11,17 +13,25 @@
 
 mod archive;
 mod codec;
+mod lineage;
 mod local;
+mod marks;
 mod memory;
+mod reclaim;
 mod record;
+mod remnant;
 mod sessions;
 mod store;
 
-pub use archive::{Archive, Listed, Wanted};
+pub use archive::{Archive, Listed, Stored, Wanted};
 pub use codec::{Damaged, FORMAT, Info, decode, decode_head, encode, head_len};
 pub use local::Local;
 pub use memory::InMemory;
-pub use record::Entry;
+pub use lineage::{At, Turn};
+pub use marks::Origin;
+pub use reclaim::{Forking, Reclaimed};
+pub use record::{Back, Entry, Place};
+pub use remnant::Remnant;
 pub use sessions::{Commit, Head};
 pub use store::{Put, Start, Store};
 
@@ -43,6 +53,9 @@ pub enum Error {
     /// Something else is stored under a key that should have been new.
     #[error("{key} already holds something else")]
     Taken { key: String },
+    /// The session was deleted while it was forked.
+    #[error("session {session} was deleted")]
+    Gone { session: String },
     /// Not a key: see [`Store`].
     #[error("{0:?} is not a storage key")]
     Key(String),

@@ -132,20 +132,53 @@ async fn of_two_servers_one_commits_the_turn() {
     let first = quick.client().ok(COMPLETIONS, turn("A cat", "raced")).await.state_id();
     let late = tokio::spawn({
         let client = slow.client();
-        async move { client.ok(COMPLETIONS, turn(" and", "raced")).await }
+        async move { client.post(COMPLETIONS, turn(" and", "raced")).await }
     });
     puts.recv().await.expect("its snapshot is written");
     let winner = quick.client().ok(COMPLETIONS, turn(" and", "raced")).await;
-    store.leave.add_permits(2);
+    store.leave.add_permits(9);
     let loser = late.await.expect("no panic");
-    assert_eq!(loser.answer(), winner.answer(), "the answer arrives all the same");
-    assert_eq!((loser.json().get("state"), loser.header("x-state-id")), (Some(&Value::Null), None));
-    assert_eq!(loser.json()["state_error"]["code"], "session_conflict");
+    assert_eq!((loser.status, loser.code().as_str()), (409, "session_conflict"));
+    assert_eq!(loser.header("x-should-retry"), Some("false"));
+    // What it generated is kept as a state of no session, and the refusal says which.
+    let kept = loser.header("x-state-id").expect("it is named").to_owned();
+    assert!(loser.error()["message"].as_str().is_some_and(|message| message.contains(&kept)), "{}", loser.text);
+    let info = quick.client().get(&format!("/v1/states/{kept}")).await.json();
+    assert_eq!((&info["session_id"], &info["parent"], &info["turn"]), (&Value::Null, &json!(first), &json!(2)));
+    let on = |state: &str| json!({"prompt": "!", "state_id": state, "store_state": false, "temperature": 0});
+    let (ours, theirs) = (quick.client().ok(COMPLETIONS, on(&kept)), quick.client().ok(COMPLETIONS, on(&winner.state_id())));
+    assert_eq!(ours.await.answer(), theirs.await.answer());
     let session = slow.client().get("/v1/sessions/raced").await.json();
     assert_eq!((&session["head"], &session["turn"]), (&json!(winner.state_id()), &json!(2)));
     let turns = quick.client().get("/v1/sessions/raced/turns").await.json()["data"].clone();
     let ids: Vec<_> = turns.as_array().expect("turns").iter().map(|turn| turn["id"].clone()).collect();
     assert_eq!(ids, [first, winner.state_id()]);
+    assert_eq!(quick.client().get("/v1/states?session_id=raced").await.json()["data"].as_array().map(Vec::len), Some(2));
+
+    // In a stream the text has been sent: an error event ends it, and names the state.
+    while puts.try_recv().is_ok() {}
+    let mut late = slow.client().stream(COMPLETIONS, turn(" so", "raced")).await;
+    let mut said = String::new();
+    let reading = async {
+        let mut end = Value::Null;
+        while let Some(chunk) = late.next().await {
+            said.extend(piece(&chunk));
+            end = chunk;
+        }
+        end
+    };
+    let racing = async {
+        puts.recv().await.expect("its snapshot is written");
+        let winner = quick.client().ok(COMPLETIONS, turn(" so", "raced")).await;
+        store.leave.add_permits(9);
+        winner
+    };
+    let (end, winner) = tokio::join!(reading, racing);
+    assert_eq!((said, &end["error"]["code"]), (winner.answer(), &json!("session_conflict")));
+    let message = end["error"]["message"].as_str().expect("a message");
+    let kept = message.split([' ', ',']).find(|word| word.starts_with("st_")).expect("it names the state");
+    assert_eq!(quick.client().get(&format!("/v1/states/{kept}")).await.json()["session_id"], Value::Null);
+    assert!(!late.done);
 }
 
 #[tokio::test]
@@ -268,7 +301,8 @@ async fn a_session_outlives_its_snapshot() {
         assert_eq!((&reply["state"]["parent"], &reply["state"]["turn"]), (&json!(head), &json!(3)));
         assert_eq!(reply["state"]["tokens"], expected["state"]["tokens"]);
         assert_eq!(reply["usage"]["prompt_tokens"], expected["usage"]["prompt_tokens"]);
-        assert_eq!(reply["usage"]["prompt_tokens_details"]["cached_tokens"], 0, "all of it was read again");
+        let cached = |reply: &Value| reply["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().expect("a count");
+        assert!(cached(&reply) < cached(&expected), "what the turn before had not read was read again");
         let turns = client.get(&format!("/v1/sessions/{session}/turns")).await.json()["data"].clone();
         assert_eq!(
             turns[2]["token_count"],

@@ -165,12 +165,17 @@ impl FromRequestParts<Arc<App>> for Head {
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Error> {
         Ok(Self {
             caller: Caller::from_request_parts(parts, app).await?,
-            if_match: text_header(&parts.headers, header::IF_MATCH.as_str())?,
+            if_match: if_match(&parts.headers)?,
             idempotency_key: text_header(&parts.headers, "idempotency-key")?,
             id: clock::random_u128(),
             seed: clock::random_u64(),
         })
     }
+}
+
+/// The condition of a request on a session's head, still as it was sent.
+pub fn if_match(headers: &HeaderMap) -> Result<Option<String>, Error> {
+    text_header(headers, header::IF_MATCH.as_str())
 }
 
 fn text_header(headers: &HeaderMap, name: &str) -> Result<Option<String>, Error> {
@@ -423,7 +428,7 @@ fn logit_bias(bias: &BTreeMap<String, f64>, vocabulary: usize) -> Result<Vec<(u3
 }
 
 /// The state id in `If-Match: "st_…"`.
-fn entity_tag(tag: &str) -> Result<StateId, Error> {
+pub fn entity_tag(tag: &str) -> Result<StateId, Error> {
     let quoted = tag.trim().strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
     quoted
         .and_then(|id| StateId::parse(id).ok())

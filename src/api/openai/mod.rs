@@ -11,6 +11,6 @@ pub mod reply;
 #[cfg(test)]
 mod stream_tests;
 
-pub use generation::Rules;
-pub use parameters::IGNORED_PARAMS;
+pub use generation::{Rules, entity_tag, if_match};
+pub use parameters::{IGNORED_PARAMS, refuse_unknown};
 pub use reply::STATE_ID;
