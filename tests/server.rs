@@ -2,24 +2,36 @@
 
 #[path = "server/bodies.rs"]
 mod bodies;
+#[path = "server/branches.rs"]
+mod branches;
+#[path = "server/canaries.rs"]
+mod canaries;
 #[path = "server/conformance.rs"]
 mod conformance;
 #[path = "server/durability.rs"]
 mod durability;
 #[path = "server/errors.rs"]
 mod errors;
+#[path = "server/faults.rs"]
+mod faults;
 #[path = "server/initial.rs"]
 mod initial;
 #[path = "server/laws.rs"]
 mod laws;
 #[path = "server/process.rs"]
 mod process;
+#[path = "server/quotas.rs"]
+mod quotas;
+#[path = "server/rebuilt.rs"]
+mod rebuilt;
 #[path = "support/server.rs"]
 mod server;
 #[path = "server/sessions.rs"]
 mod sessions;
 #[path = "support/store.rs"]
 mod store;
+#[path = "server/swept.rs"]
+mod swept;
 #[path = "server/tenants.rs"]
 mod tenants;
 

@@ -146,8 +146,8 @@ async fn of_two_servers_one_commits_the_turn() {
     let info = quick.client().get(&format!("/v1/states/{kept}")).await.json();
     assert_eq!((&info["session_id"], &info["parent"], &info["turn"]), (&Value::Null, &json!(first), &json!(2)));
     let on = |state: &str| json!({"prompt": "!", "state_id": state, "store_state": false, "temperature": 0});
-    let (ours, theirs) = (quick.client().ok(COMPLETIONS, on(&kept)), quick.client().ok(COMPLETIONS, on(&winner.state_id())));
-    assert_eq!(ours.await.answer(), theirs.await.answer());
+    let ours = quick.client().ok(COMPLETIONS, on(&kept)).await;
+    assert_eq!(ours.answer(), quick.client().ok(COMPLETIONS, on(&winner.state_id())).await.answer());
     let session = slow.client().get("/v1/sessions/raced").await.json();
     assert_eq!((&session["head"], &session["turn"]), (&json!(winner.state_id()), &json!(2)));
     let turns = quick.client().get("/v1/sessions/raced/turns").await.json()["data"].clone();
