@@ -11,9 +11,9 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::error::Refusals;
 use super::extract::{JsonBody, Name, Query};
-use super::openai::{entity_tag, if_match, refuse_unknown};
 use super::list::{Deleted, Identified, List, PageQuery, page};
 use super::openai::reply::Usage;
+use super::openai::{entity_tag, if_match, refuse_unknown};
 use super::{App, Caller, Error, ErrorBody};
 use crate::session::{At, Branching, Listing, SessionInfo, TurnInfo};
 use crate::types::{Message, Role, SessionId, StateId};

@@ -73,7 +73,9 @@ impl Keeper {
                 }
                 Err(e) => {
                     let why = match self.store_free(&snapshot).await {
-                        Some(state) => format!("the turn could not be committed; its state is {state}, without a session"),
+                        Some(state) => {
+                            format!("the turn could not be committed; its state is {state}, without a session")
+                        }
                         None => "the turn could not be committed".into(),
                     };
                     return Err(NotKept::Lost(failed("state_store_failed", &why, Some(&e))));

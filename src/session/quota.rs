@@ -50,13 +50,7 @@ impl Quotas {
     }
 
     /// Refuses a state of `bytes` that would be too much; otherwise, if `take`, counts it.
-    pub(super) async fn admit(
-        &self,
-        archive: &Archive,
-        tenant: &Tenant,
-        bytes: u64,
-        take: bool,
-    ) -> Result<(), Error> {
+    pub(super) async fn admit(&self, archive: &Archive, tenant: &Tenant, bytes: u64, take: bool) -> Result<(), Error> {
         let Some(Quota { states, bytes: most }) = self.quota(tenant) else { return Ok(()) };
         let now = clock::now();
         let mut all = self.used.lock().await;

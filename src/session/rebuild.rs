@@ -87,7 +87,8 @@ impl Sessions {
         let read_again = ids.len() as u64;
         let memory = Arc::new(self.read_again(tenant, model, base, (ids, resume)).await?);
         let made_by = self.archive.origin_of(tenant, &state).await?;
-        if let Some(origin) = made_by.clone().filter(|_| record.expires_at.is_none_or(|at| at > clock::unix_seconds())) {
+        if let Some(origin) = made_by.clone().filter(|_| record.expires_at.is_none_or(|at| at > clock::unix_seconds()))
+        {
             store_again(&self.archive, tenant, (&turn, origin), memory.clone()).await;
         }
         let session = made_by.map(|origin| origin.session);

@@ -185,13 +185,7 @@ impl Archive {
 
     /// The runs of a lineage, the last first, down to the one with turn number `down_to`. They end early where the
     /// record that tells the one before is lost.
-    async fn runs(
-        &self,
-        tenant: &Tenant,
-        session: &SessionId,
-        head: &Entry,
-        down_to: u64,
-    ) -> Result<Vec<Run>, Error> {
+    async fn runs(&self, tenant: &Tenant, session: &SessionId, head: &Entry, down_to: u64) -> Result<Vec<Run>, Error> {
         let last = Place { session: session.clone(), number: head.turn, run: head.run };
         let mut runs = vec![Run { last, depth: head.depth }];
         while let Some(run) = runs.last().filter(|run| run.first_depth() > down_to.max(1)) {

@@ -259,7 +259,7 @@ fn remove_staging(folder: &Path, before: u64) -> io::Result<u64> {
         // It may have become an object meanwhile.
         let Ok(modified) = entry.metadata().and_then(|file| file.modified()) else { continue };
         let modified = modified.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        if modified < before && std::fs::remove_file(entry.path()).is_ok() {
+        if modified <= before && std::fs::remove_file(entry.path()).is_ok() {
             tracing::warn!(file = %entry.path().display(), "removed what a write that was cut off had left");
             removed += 1;
         }

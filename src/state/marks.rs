@@ -164,13 +164,7 @@ impl Archive {
 
     /// Notes, before it is committed, which record the turn of an `Idempotency-Key` is to be. A mark of a turn that came
     /// to nothing stays, and the next one takes the place behind it.
-    pub async fn note_key(
-        &self,
-        tenant: &Tenant,
-        session: &SessionId,
-        key: &str,
-        record: u64,
-    ) -> Result<(), Error> {
+    pub async fn note_key(&self, tenant: &Tenant, session: &SessionId, key: &str, record: u64) -> Result<(), Error> {
         let value = Keyed { record };
         for n in 0.. {
             if self.mark(&key_mark(tenant, session, key, n), &value).await? == Put::Created {

@@ -25,10 +25,10 @@ mod store;
 
 pub use archive::{Archive, Listed, Stored, Wanted};
 pub use codec::{Damaged, FORMAT, Info, decode, decode_head, encode, head_len};
-pub use local::Local;
-pub use memory::InMemory;
 pub use lineage::{At, Turn};
+pub use local::Local;
 pub use marks::Origin;
+pub use memory::InMemory;
 pub use reclaim::{Forking, Reclaimed};
 pub use record::{Back, Entry, Place};
 pub use remnant::Remnant;

@@ -188,7 +188,10 @@ async fn a_rewound_session_goes_on_from_there_and_can_come_back() {
     let first = talk(&client, "s", &NEWS).await;
     let states: Vec<String> = first.iter().map(Reply::state_id).collect();
     let back = rewind(&client, "s", json!(2)).await.json();
-    assert_eq!((&back["head"], &back["turn"], &back["tokens"]), (&json!(states[1]), &json!(2), &first[1].json()["state"]["tokens"]));
+    assert_eq!(
+        (&back["head"], &back["turn"], &back["tokens"]),
+        (&json!(states[1]), &json!(2), &first[1].json()["state"]["tokens"])
+    );
     assert_eq!(turns(&client, "s").await.0.len(), 2);
     // The same new text gives the same turn, other text another one.
     let again = talk(&client, "s", &NEWS[2..3]).await;
@@ -267,7 +270,8 @@ async fn a_fork_and_a_deletion_at_once() {
         let (forked, deleted) = {
             let (name, deleter) = (name.clone(), two.client());
             let from = name.clone();
-            let fork = tokio::spawn(async move { fork(&forks, &from, json!({"to": format!("{from}f"), "at": 2})).await });
+            let fork =
+                tokio::spawn(async move { fork(&forks, &from, json!({"to": format!("{from}f"), "at": 2})).await });
             let delete = tokio::spawn(async move { deleter.delete(&format!("/v1/sessions/{name}")).await });
             (fork.await.expect("no panic"), delete.await.expect("no panic"))
         };

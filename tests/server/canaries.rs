@@ -71,7 +71,8 @@ async fn nobody_sees_another_s_secret() {
     let config = Config { key: (0..TENANTS).map(key).collect(), ..config() };
     let server = Server::with(&config, store.clone());
     let client = |session: usize| server.client().with_key(&format!("sk-t{}", session % TENANTS));
-    let tokenizer = text::from_json(include_bytes!("../../assets/demo/tokenizer.json")).expect("the embedded tokenizer");
+    let tokenizer =
+        text::from_json(include_bytes!("../../assets/demo/tokenizer.json")).expect("the embedded tokenizer");
 
     // All at once, so that their rows share the model's steps.
     let answers = stream::iter(0..SESSIONS).map(|session| {
@@ -129,7 +130,8 @@ async fn nobody_sees_another_s_secret() {
         for session in 0..SESSIONS {
             assert!(!listed.contains(&secret(session)), "listings hold no text");
         }
-        let own: Vec<&str> = answers.iter().filter(|(s, ..)| s % TENANTS == tenant).map(|(.., state)| state.as_str()).collect();
+        let own: Vec<&str> =
+            answers.iter().filter(|(s, ..)| s % TENANTS == tenant).map(|(.., state)| state.as_str()).collect();
         assert!(own.iter().all(|state| listed.contains(state)));
         let foreign = answers.iter().filter(|(s, ..)| s % TENANTS != tenant);
         assert!(foreign.into_iter().all(|(.., state)| !listed.contains(state.as_str())));

@@ -115,7 +115,8 @@ async fn old_states_are_evicted_and_come_back_when_they_are_asked_for() {
     assert_eq!(settled(&few, 2).await, kept);
     for (n, (expected, state)) in states.iter().enumerate() {
         assert_eq!(few.get(&format!("/v1/states/{state}")).await.json(), told[n], "it is told of as before");
-        let on = |state: &str, new: &str| with(rules(), json!({"prompt": new, "state_id": state, "store_state": false}));
+        let on =
+            |state: &str, new: &str| with(rules(), json!({"prompt": new, "state_id": state, "store_state": false}));
         for new in ["", " And"] {
             let answer = few.ok(COMPLETIONS, on(state, new)).await.answer();
             assert_eq!(answer, all.ok(COMPLETIONS, on(expected, new)).await.answer(), "after turn {}", n + 1);

@@ -70,7 +70,8 @@ async fn what_a_crash_left_goes_and_everything_else_stays() {
     let states_folder = folder.path().join("t/local/states");
     let whole = std::fs::read(states_folder.join(&torn)).expect("a file");
     std::fs::write(states_folder.join(&torn), &whole[..whole.len() / 2]).expect("a file");
-    let staging = [states_folder.join(format!("{}#1", states[0])), folder.path().join("t/local/sessions/s/000000000009#2")];
+    let staging =
+        [states_folder.join(format!("{}#1", states[0])), folder.path().join("t/local/sessions/s/000000000009#2")];
     for file in &staging {
         std::fs::write(file, "half a f").expect("a file");
         let past = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000);
