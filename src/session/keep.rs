@@ -1,6 +1,5 @@
 //! Making a response's state durable, and committing the turn.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::origin::{Parent, Session};
@@ -131,7 +130,10 @@ impl Keeper {
     }
 
     async fn commit(&self, session: &Session, record: TurnRecord) -> Result<Commit, state::Error> {
-        let (tenant, entry) = (&self.turn.tenant, session.head.turn(record));
+        let (tenant, mut entry) = (&self.turn.tenant, session.head.turn(record));
+        if !self.turn.metadata.is_empty() {
+            entry.metadata.clone_from(&self.turn.metadata);
+        }
         if let Some(key) = &entry.record.idempotency_key {
             self.archive.note_key(tenant, &session.id, key, entry.turn).await?;
         }
@@ -156,7 +158,7 @@ impl Keeper {
             turn,
             created: clock::unix_seconds(),
             expires_at: self.expires_at,
-            metadata: BTreeMap::new(),
+            metadata: self.turn.metadata.clone(),
         }
     }
 

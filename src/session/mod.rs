@@ -269,7 +269,9 @@ impl Sessions {
 
 /// Which sessions run a turn in this process, and the `Idempotency-Key` of that turn.
 #[derive(Clone, Default)]
-struct Busy(Arc<Mutex<BTreeMap<(Tenant, SessionId), Option<String>>>>);
+struct Busy(Arc<Mutex<Runs>>);
+
+type Runs = BTreeMap<(Tenant, SessionId), Option<String>>;
 
 /// The right to run a turn of a session, given back when dropped.
 struct Turnstile {
@@ -290,7 +292,7 @@ impl Busy {
         Ok(Turnstile { busy: self.clone(), key })
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<(Tenant, SessionId), Option<String>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Runs> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -3,7 +3,7 @@
 use super::{Error, Listing, Page, SessionInfo, Sessions, StateInfo, TurnInfo};
 use crate::state::{self, At, Entry, Info, Listed, Origin, Wanted};
 use crate::telemetry::clock;
-use crate::types::{Message, Role, SessionId, StateId, Tenant};
+use crate::types::{Message, Role, SessionId, StateId, Tenant, TurnRecord};
 
 impl Sessions {
     /// The tenant's states, oldest first, of one session or of all.
@@ -32,7 +32,11 @@ impl Sessions {
         let turn = match self.archive.evicted(tenant, id).await? {
             Some(Origin { session, record, .. }) => {
                 let turn = self.archive.turn_at(tenant, &session, record).await?;
-                turn.map(|turn| (session, turn.entry)).filter(|(_, entry)| entry.record.state.as_ref() == Some(id))
+                let now = clock::unix_seconds();
+                let is_it = |record: &TurnRecord| {
+                    record.state.as_ref() == Some(id) && record.expires_at.is_none_or(|at| at > now)
+                };
+                turn.map(|turn| (session, turn.entry)).filter(|(_, entry)| is_it(&entry.record))
             }
             None => None,
         };
@@ -48,7 +52,7 @@ impl Sessions {
             bytes: record.bytes,
             created: record.created,
             expires_at: record.expires_at,
-            metadata: Default::default(),
+            metadata: entry.metadata,
         })
     }
 

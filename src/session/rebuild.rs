@@ -186,7 +186,7 @@ async fn store_again(archive: &Archive, tenant: &Tenant, (turn, origin): (&state
         turn: origin.turn,
         created: record.created,
         expires_at: record.expires_at,
-        metadata: Default::default(),
+        metadata: turn.entry.metadata.clone(),
     };
     let snapshot = Arc::new(Snapshot { head, memory: Memory::clone(&memory) });
     // What is there is damaged.

@@ -94,23 +94,24 @@ impl Sessions {
         match task {
             Task::Tenant(tenant) => {
                 let folders = ["states", "evicted"].map(|folder| Task::Folder(format!("t/{tenant}/{folder}")));
-                tasks.extend(folders);
-                tasks.push_back(Task::States(tenant.clone(), None));
-                tasks.push_back(Task::Sessions(tenant, None));
+                let all = [Task::States(tenant.clone(), None), Task::Sessions(tenant, None)];
+                first(tasks, folders.into_iter().chain(all));
             }
             Task::States(tenant, after) => {
                 let names = self.archive.names(&format!("t/{tenant}/states"), after.as_deref(), PAGE).await?;
                 let more = names.last().cloned().filter(|_| names.len() == PAGE);
                 let ids = names.into_iter().filter_map(|name| StateId::parse(name).ok());
-                tasks.extend(ids.map(|id| Task::State(tenant.clone(), id)));
-                tasks.extend(more.map(|last| Task::States(tenant, Some(last))));
+                let of = tenant.clone();
+                let more = more.map(|last| Task::States(tenant, Some(last)));
+                first(tasks, ids.map(|id| Task::State(of.clone(), id)).chain(more));
             }
             Task::Sessions(tenant, after) => {
                 let names = self.archive.names(&format!("t/{tenant}/sessions"), after.as_deref(), PAGE).await?;
                 let more = names.last().cloned().filter(|_| names.len() == PAGE);
                 let ids = names.into_iter().filter_map(|name| SessionId::parse(name).ok());
-                tasks.extend(ids.map(|id| Task::Session(tenant.clone(), id)));
-                tasks.extend(more.map(|last| Task::Sessions(tenant, Some(last))));
+                let of = tenant.clone();
+                let more = more.map(|last| Task::Sessions(tenant, Some(last)));
+                first(tasks, ids.map(|id| Task::Session(of.clone(), id)).chain(more));
             }
             Task::State(tenant, id) => self.sweep_state(&tenant, &id, now, swept).await?,
             Task::Session(tenant, id) => {
@@ -158,4 +159,10 @@ impl Sessions {
     fn draining(&self) -> bool {
         self.readiness() == super::Readiness::Draining
     }
+}
+
+/// Puts what is to be done next before everything else: so no more than a page of each kind is ever waiting.
+fn first(tasks: &mut VecDeque<Task>, new: impl Iterator<Item = Task>) {
+    let new: Vec<Task> = new.collect();
+    new.into_iter().rev().for_each(|task| tasks.push_front(task));
 }

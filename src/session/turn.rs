@@ -1,5 +1,6 @@
 //! What goes into a turn and what comes out of it: the language between the wire and the use-cases.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -28,6 +29,8 @@ pub struct Turn {
     /// Name of the configured initial state that a fresh sequence begins from.
     pub initial_state: Option<String>,
     pub idempotency_key: Option<String>,
+    /// What the client says of the stored state, and of its session from now on.
+    pub metadata: BTreeMap<String, String>,
 }
 
 /// Where a turn begins.
@@ -139,7 +142,7 @@ pub enum Error {
     #[error("there is a session `{0}` already; delete it first, or take another name")]
     SessionExists(SessionId),
     /// Another server committed a turn on the same head first.
-    #[error("another turn of session `{session}` was committed first; {}", kept(.state))]
+    #[error("another turn of session `{session}` was committed first, or it was deleted; {}", kept(.state))]
     TurnConflict { session: SessionId, state: Option<StateId> },
     #[error("{message}")]
     QuotaExceeded { message: String },

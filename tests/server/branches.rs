@@ -306,3 +306,27 @@ async fn a_damaged_head_can_be_gone_back_from() {
     assert_eq!((&back["turn"], &back["head"]), (&json!(2), &json!(first[1].state_id())));
     assert_eq!(talk(&client, "s", &NEWS[2..3]).await[0].answer(), first[2].answer());
 }
+
+#[tokio::test]
+async fn a_session_has_the_metadata_that_was_said_last() {
+    let server = Server::new();
+    let client = server.client();
+    let told = async |session: &str| client.get(&format!("/v1/sessions/{session}")).await.json()["metadata"].clone();
+    client.ok(COMPLETIONS, with(turn("s", "A"), json!({"metadata": {"topic": "cats", "ü": ""}}))).await;
+    client.ok(COMPLETIONS, turn("s", " b")).await;
+    assert_eq!(told("s").await, json!({"topic": "cats", "ü": ""}));
+    let third = client.ok(COMPLETIONS, with(turn("s", " c"), json!({"metadata": {"topic": "dogs"}}))).await;
+    fork(&client, "s", json!({"to": "f", "at": 2})).await.json();
+    assert_eq!((told("s").await, told("f").await), (json!({"topic": "dogs"}), json!({"topic": "cats", "ü": ""})));
+    let state = client.get(&format!("/v1/states/{}", third.state_id())).await.json();
+    assert_eq!(state["metadata"], json!({"topic": "dogs"}));
+    let many: serde_json::Map<String, Value> = (0..17).map(|n| (n.to_string(), json!("x"))).collect();
+    for bad in
+        [json!({"a": 1}), json!({"": "x"}), json!({"a": "x".repeat(513)}), json!({"x".repeat(65): ""}), json!(many)]
+    {
+        let refused = client.post(COMPLETIONS, with(turn("s", "x"), json!({ "metadata": bad }))).await;
+        assert_eq!((refused.status, refused.error()["param"].as_str()), (400, Some("metadata")));
+        // Where nothing is stored it is nobody's.
+        client.ok(COMPLETIONS, json!({"prompt": "x", "max_tokens": 1, "metadata": bad})).await;
+    }
+}

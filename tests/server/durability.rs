@@ -225,6 +225,71 @@ async fn a_full_disk_costs_the_state_and_not_the_answer() {
     assert_eq!((&next["state"]["parent"], &next["state"]["turn"]), (&json!(well.state_id()), &json!(3)));
 }
 
+/// The snapshot is there and its record cannot be written: the state is not lost, and no session claims it.
+#[tokio::test]
+async fn a_turn_that_cannot_be_committed_is_kept_without_its_session() {
+    let store = Arc::new(Failing::new(InMemory::default()));
+    store.fail(false);
+    let server = Server::over(store.clone());
+    let client = server.client();
+    let head = client.ok(COMPLETIONS, turn("A cat", "s")).await.state_id();
+    store.only("/sessions/");
+    store.fail(true);
+    let reply = client.ok(COMPLETIONS, turn(" and", "s")).await;
+    assert!(!reply.answer().is_empty());
+    let error = reply.json()["state_error"].clone();
+    assert_eq!((reply.json().get("state"), &error["code"]), (Some(&Value::Null), &json!("state_store_failed")));
+    let message = error["message"].as_str().expect("a message");
+    let kept = message.split([' ', ',']).find(|word| word.starts_with("st_")).expect("it names the state");
+    let info = client.get(&format!("/v1/states/{kept}")).await.json();
+    assert_eq!((&info["session_id"], &info["parent"]), (&Value::Null, &json!(head)));
+    assert_eq!(client.get("/v1/sessions/s").await.json()["head"], head);
+    assert_eq!(client.get("/v1/states").await.json()["data"].as_array().map(Vec::len), Some(2));
+    // Going back cannot be noted either, and says so.
+    for (route, body) in [("fork", json!({"to": "f"})), ("rewind", json!({"at": 1}))] {
+        let path = format!("/v1/sessions/s/{route}");
+        let reply = client.post(&path, body).await;
+        assert!(
+            reply.status == 200 || (reply.status, reply.code().as_str()) == (500, "store_failed"),
+            "{}",
+            reply.text
+        );
+    }
+    store.fail(false);
+    let next = client.ok(COMPLETIONS, turn(" and", "s")).await;
+    assert_eq!((next.answer(), &next.json()["state"]["turn"]), (reply.answer(), &json!(2)));
+}
+
+#[tokio::test]
+async fn a_lost_permission_costs_what_needs_it_and_nothing_else() {
+    let store = Arc::new(Failing::new(InMemory::default()));
+    store.fail(false);
+    let server = Server::over(store.clone());
+    let client = server.client();
+    let head = client.ok(COMPLETIONS, turn("A cat", "s")).await;
+    store.fail(true);
+    store.unreadable(true);
+    // What has to be read cannot be; what is only to be kept is not kept, and its text arrives.
+    for body in [turn(" and", "s"), json!({"prompt": "x", "state_id": head.state_id()})] {
+        let reply = client.post(COMPLETIONS, body).await;
+        assert_eq!((reply.status, reply.code().as_str()), (500, "store_failed"));
+    }
+    let fresh = json!({"prompt": "A cat", "store_state": true, "temperature": 0, "max_tokens": 6});
+    for stream in [false, true] {
+        let reply = client.post(COMPLETIONS, with(fresh.clone(), json!({ "stream": stream }))).await;
+        assert!(reply.status == 200 && reply.text.contains("state_store_failed"), "{}", reply.text);
+        assert!(stream || reply.answer() == head.answer());
+    }
+    for path in ["/v1/sessions", "/v1/sessions/s", "/v1/states", "/v1/sessions/s/turns"] {
+        assert_eq!(client.get(path).await.code(), "store_failed");
+    }
+    assert!(server.sessions.sweep().await.is_err());
+    assert_eq!(client.get("/ready").await.status, 200);
+    store.fail(false);
+    store.unreadable(false);
+    assert_eq!(client.ok(COMPLETIONS, turn(" and", "s")).await.json()["state"]["turn"], 2);
+}
+
 /// A server over a folder, and that folder.
 async fn on_disk() -> (Server, Client, tempfile::TempDir) {
     let folder = tempfile::tempdir().expect("a folder");

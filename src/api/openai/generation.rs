@@ -77,6 +77,9 @@ pub struct Generation {
     /// Begin from this configured initial state (a state-tuned file; `GET /v1/models/{id}` lists them) instead of the model's
     /// own. Only for what begins here: with `state_id` or a session that exists it is refused.
     pub initial_state: Option<String>,
+    /// What is to be known of the stored state, and of the session from now on: up to 16 pairs of texts. Without a state to
+    /// be stored it has no effect.
+    pub metadata: Option<BTreeMap<String, serde_json::Value>>,
 }
 
 /// Options of a stream; refused without `stream: true`.
@@ -254,6 +257,7 @@ impl Generation {
             sampling: self.sampling(rules.card, head.seed)?,
             stop: self.stop(limits)?,
             ttl_s: self.ttl(store)?,
+            metadata: if store { self.metadata()? } else { BTreeMap::new() },
             initial_state: self.initial_state,
             tenant: head.caller.tenant,
             model: self.model,
@@ -327,6 +331,22 @@ impl Generation {
             }
             ttl => Ok(ttl),
         }
+    }
+
+    /// The metadata of what is stored, within OpenAI's limits.
+    fn metadata(&self) -> Result<BTreeMap<String, String>, Error> {
+        let refuse = || {
+            let rule = "`metadata` may have 16 pairs; a key has 1 to 64 characters, its value is a text of at most 512";
+            Error::invalid("metadata", rule)
+        };
+        let given = self.metadata.iter().flatten();
+        let pairs = given.map(|(key, value)| {
+            let fits = |text: &&str| text.chars().count() <= 512 && (1..=64).contains(&key.chars().count());
+            let value = value.as_str().filter(fits).ok_or_else(refuse)?;
+            Ok((key.clone(), value.to_owned()))
+        });
+        let pairs = pairs.collect::<Result<BTreeMap<_, _>, Error>>()?;
+        if pairs.len() <= 16 { Ok(pairs) } else { Err(refuse()) }
     }
 
     fn stop(&self, limits: &ApiLimits) -> Result<Vec<String>, Error> {
