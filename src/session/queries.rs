@@ -67,10 +67,18 @@ impl Sessions {
             return Err(Error::StateNotFound(id.clone()));
         }
         self.policy.quotas.count_again(tenant).await;
-        // It may have been the last to need what a deleted session left.
         if let Some(parent) = parent
-            && let Some(origin) = self.archive.origin_of(tenant, &parent).await?
+            && let Err(error) = self.needs_less(tenant, &parent).await
         {
+            // The sweep comes by again.
+            tracing::warn!(%error, "what a deleted session left could not be looked at");
+        }
+        Ok(())
+    }
+
+    /// A state that was made from `parent` is gone: it may have been the last to need what a deleted session left.
+    async fn needs_less(&self, tenant: &Tenant, parent: &StateId) -> Result<(), state::Error> {
+        if let Some(origin) = self.archive.origin_of(tenant, parent).await? {
             self.archive.reclaim(tenant, &origin.session, clock::unix_seconds()).await?;
         }
         Ok(())

@@ -325,8 +325,7 @@ async fn a_session_has_the_metadata_that_was_said_last() {
         [json!({"a": 1}), json!({"": "x"}), json!({"a": "x".repeat(513)}), json!({"x".repeat(65): ""}), json!(many)]
     {
         let refused = client.post(COMPLETIONS, with(turn("s", "x"), json!({ "metadata": bad }))).await;
-        assert_eq!((refused.status, refused.error()["param"].as_str()), (400, Some("metadata")));
-        // Where nothing is stored it is nobody's.
-        client.ok(COMPLETIONS, json!({"prompt": "x", "max_tokens": 1, "metadata": bad})).await;
+        let param = refused.error()["param"].as_str().expect("a param").to_owned();
+        assert!(refused.status == 400 && param.starts_with("metadata"), "{}", refused.text);
     }
 }

@@ -79,7 +79,7 @@ pub struct Generation {
     pub initial_state: Option<String>,
     /// What is to be known of the stored state, and of the session from now on: up to 16 pairs of texts. Without a state to
     /// be stored it has no effect.
-    pub metadata: Option<BTreeMap<String, serde_json::Value>>,
+    pub metadata: Option<BTreeMap<String, String>>,
 }
 
 /// Options of a stream; refused without `stream: true`.
@@ -257,7 +257,7 @@ impl Generation {
             sampling: self.sampling(rules.card, head.seed)?,
             stop: self.stop(limits)?,
             ttl_s: self.ttl(store)?,
-            metadata: if store { self.metadata()? } else { BTreeMap::new() },
+            metadata: self.metadata()?,
             initial_state: self.initial_state,
             tenant: head.caller.tenant,
             model: self.model,
@@ -333,20 +333,16 @@ impl Generation {
         }
     }
 
-    /// The metadata of what is stored, within OpenAI's limits.
+    /// The metadata, within OpenAI's limits.
     fn metadata(&self) -> Result<BTreeMap<String, String>, Error> {
-        let refuse = || {
-            let rule = "`metadata` may have 16 pairs; a key has 1 to 64 characters, its value is a text of at most 512";
-            Error::invalid("metadata", rule)
-        };
-        let given = self.metadata.iter().flatten();
-        let pairs = given.map(|(key, value)| {
-            let fits = |text: &&str| text.chars().count() <= 512 && (1..=64).contains(&key.chars().count());
-            let value = value.as_str().filter(fits).ok_or_else(refuse)?;
-            Ok((key.clone(), value.to_owned()))
-        });
-        let pairs = pairs.collect::<Result<BTreeMap<_, _>, Error>>()?;
-        if pairs.len() <= 16 { Ok(pairs) } else { Err(refuse()) }
+        let pairs = self.metadata.clone().unwrap_or_default();
+        let fits =
+            |(key, value): (&String, &String)| (1..=64).contains(&key.chars().count()) && value.chars().count() <= 512;
+        if pairs.len() > 16 || !pairs.iter().all(fits) {
+            let rule = "`metadata` may have 16 pairs; a key has 1 to 64 characters, its value at most 512";
+            return Err(Error::invalid("metadata", rule));
+        }
+        Ok(pairs)
     }
 
     fn stop(&self, limits: &ApiLimits) -> Result<Vec<String>, Error> {
