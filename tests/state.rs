@@ -5,6 +5,8 @@ mod support {
 }
 #[path = "state/archive.rs"]
 mod archive;
+#[path = "state/branches.rs"]
+mod branches;
 #[path = "state/codec.rs"]
 mod codec;
 #[path = "state/kill.rs"]
