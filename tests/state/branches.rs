@@ -10,6 +10,8 @@ use rewake::types::{SessionId, TurnRecord};
 
 use super::{id, made_by, session, tenant, turn};
 
+const SESSIONS: usize = 5;
+
 #[derive(Clone, Debug)]
 enum Action {
     Turn(usize),
@@ -25,18 +27,19 @@ enum Action {
     Sweep,
 }
 
+/// Long sessions, and few of them, so that forks meet in their lineages.
 fn actions() -> impl Strategy<Value = Vec<Action>> {
-    let session = 0..4_usize;
+    let session = || prop_oneof![2 => Just(0_usize), 2 => 0..SESSIONS];
     let action = prop_oneof![
-        6 => session.clone().prop_map(Action::Turn),
-        3 => (session.clone(), session.clone(), any::<u8>()).prop_map(|(a, b, at)| Action::Fork(a, b, at)),
-        3 => (session.clone(), any::<u8>()).prop_map(|(a, at)| Action::Rewind(a, at)),
-        1 => (session.clone(), any::<u8>()).prop_map(|(a, at)| Action::Return(a, at)),
-        2 => session.clone().prop_map(Action::Delete),
-        1 => session.prop_map(Action::Child),
+        9 => session().prop_map(Action::Turn),
+        4 => (session(), 0..SESSIONS, any::<u8>()).prop_map(|(a, b, at)| Action::Fork(a, b, at)),
+        2 => (session(), any::<u8>()).prop_map(|(a, at)| Action::Rewind(a, at)),
+        1 => (session(), any::<u8>()).prop_map(|(a, at)| Action::Return(a, at)),
+        1 => (0..SESSIONS).prop_map(Action::Delete),
+        1 => session().prop_map(Action::Child),
         1 => Just(Action::Sweep),
     ];
-    prop::collection::vec(action, 1..40)
+    prop::collection::vec(action, 1..80)
 }
 
 /// What should be: a session's turns, and every list of turns that ended where it has been since it began.
@@ -187,7 +190,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(150))]
 
     #[test]
     fn sessions_are_lists_of_turns_however_they_came_by_them(actions in actions()) {
@@ -199,19 +202,19 @@ proptest! {
                 world.check().await;
             }
             // In the end nothing is left of what nobody has: a tombstone for each name, and the free-standing states.
-            for s in 0..4 {
+            for s in 0..SESSIONS {
                 world.archive.delete(&tenant("a"), &name(s), world.now).await.unwrap();
             }
             world.told.clear();
             // A source may be freed by a fork that only this sweep frees.
-            for _ in 0..4 {
+            for _ in 0..SESSIONS {
                 world.sweep().await;
             }
             world.check().await;
             let free: BTreeSet<u64> = world.children.iter().flat_map(|(child, parent)| [*child, *parent]).collect();
             let left = world.store.children("t/a/states", None, 999).await.unwrap();
             assert_eq!(left, free.iter().map(|n| id(*n).to_string()).collect::<Vec<_>>());
-            for s in 0..4 {
+            for s in 0..SESSIONS {
                 let left = world.store.children(&format!("t/a/sessions/s{s}"), None, 99).await.unwrap();
                 assert!(left.len() <= 1, "s{s}: {left:?}");
             }
