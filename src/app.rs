@@ -48,7 +48,11 @@ impl App {
         let of = config.tenant.iter().map(|tenant| (tenant.name.clone(), tenant.quota)).collect();
         let quotas = Quotas::new(config.states.quota, of);
         let policy = Policy { snapshots: config.states.session_snapshots, quotas };
-        let sessions = Arc::new(Sessions::new(archive, config.turns.clone(), ttl).with_policy(policy));
+        let sessions = Arc::new(
+            Sessions::new(archive, config.turns.clone(), ttl)
+                .with_policy(policy)
+                .with_prefix_cache(&config.prefix_cache),
+        );
         let router = api::router(api::App {
             sessions: sessions.clone(),
             keys: config.key.clone(),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::api::{ApiLimits, Key};
-use crate::session::{Quota, TurnLimits};
+use crate::session::{PrefixLimits, Quota, TurnLimits};
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
 use crate::types::{InitialName, Tenant, readable};
@@ -19,6 +19,7 @@ pub struct Config {
     pub engine: Engine,
     pub requests: ApiLimits,
     pub turns: TurnLimits,
+    pub prefix_cache: PrefixLimits,
     pub log: LogConfig,
     /// Served models, the default first; none = the embedded one.
     pub model: Vec<Model>,
@@ -253,6 +254,7 @@ impl Config {
             ("requests.body_bytes", self.requests.body_bytes, 1 << 40),
             ("requests.choices", self.requests.choices, 1 << 15),
             ("requests.prompts", self.requests.prompts, 1 << 15),
+            ("prefix_cache.spacing", self.prefix_cache.spacing, 1 << 20),
             ("turns.prompt_tokens", self.turns.prompt_tokens, usize::MAX),
             ("turns.max_tokens", self.turns.max_tokens as usize, usize::MAX),
             ("turns.default_max_tokens", self.turns.default_max_tokens as usize, usize::MAX),

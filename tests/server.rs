@@ -18,6 +18,8 @@ mod faults;
 mod initial;
 #[path = "server/laws.rs"]
 mod laws;
+#[path = "server/prefix.rs"]
+mod prefix;
 #[path = "server/process.rs"]
 mod process;
 #[path = "server/quotas.rs"]

@@ -9,6 +9,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 
 use super::error::{Error, Failure};
+use crate::session::Cached;
 use crate::telemetry::{clock, metrics};
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -37,7 +38,7 @@ struct Facts {
 struct TurnFacts {
     model: String,
     prompt_tokens: u64,
-    cached_tokens: u64,
+    cached_tokens: Cached,
     completion_tokens: u64,
     /// When each choice last had text.
     heard: Vec<Option<Instant>>,
@@ -87,10 +88,10 @@ impl Record {
 
     /// A turn was accepted.
     pub fn begins(&self, running: &crate::session::Running) {
-        self.begins_as(&running.model, running.prompt_tokens, running.cached_tokens, running.choices);
+        self.begins_as(&running.model, running.prompt_tokens, running.cached_tokens.clone(), running.choices);
     }
 
-    fn begins_as(&self, model: &str, prompt_tokens: u64, cached_tokens: u64, choices: usize) {
+    fn begins_as(&self, model: &str, prompt_tokens: u64, cached_tokens: Cached, choices: usize) {
         self.facts().turn = Some(TurnFacts {
             model: model.into(),
             prompt_tokens,
@@ -160,7 +161,7 @@ impl Drop for Line {
         let turn = facts.turn.as_ref();
         if let Some(turn) = turn {
             metrics::turn(&turn.model, outcome);
-            metrics::tokens(&turn.model, turn.prompt_tokens, turn.cached_tokens, turn.completion_tokens);
+            metrics::tokens(&turn.model, turn.prompt_tokens, turn.cached_tokens.get(), turn.completion_tokens);
         }
         let detail = facts.failure.as_ref().and_then(|failure| failure.detail.as_deref());
         macro_rules! line {
@@ -175,7 +176,7 @@ impl Drop for Line {
                     error = detail,
                     model = turn.map(|t| t.model.as_str()),
                     prompt_tokens = turn.map(|t| t.prompt_tokens),
-                    cached_tokens = turn.map(|t| t.cached_tokens),
+                    cached_tokens = turn.map(|t| t.cached_tokens.get()),
                     completion_tokens = turn.map(|t| t.completion_tokens),
                     ttft_ms = turn.and_then(|t| t.first).map(|first| millis(first - self.started)),
                     ms = millis(took),
@@ -253,7 +254,7 @@ mod tests {
     fn facts(status: Option<u16>, code: Option<&'static str>, ended: Option<bool>) -> Facts {
         let record = Record::new("id".into(), &Method::POST, "/x".into());
         if let Some(ended) = ended {
-            record.begins_as("m", 3, 1, 1);
+            record.begins_as("m", 3, 1.into(), 1);
             record.text(0);
             record.completed(2);
             if ended {
@@ -283,7 +284,7 @@ mod tests {
     #[test]
     fn a_turn_counts_its_tokens() {
         let turn = facts(Some(200), None, Some(true)).turn.unwrap();
-        assert_eq!((turn.prompt_tokens, turn.cached_tokens, turn.completion_tokens), (3, 1, 2));
+        assert_eq!((turn.prompt_tokens, turn.cached_tokens.get(), turn.completion_tokens), (3, 1, 2));
         assert!(turn.first.is_some() && turn.heard == [turn.first]);
     }
 }

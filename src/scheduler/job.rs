@@ -1,6 +1,6 @@
 //! One admitted job: first it reads its prompt, then it is as many sequences as it has choices.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 
 use super::{JobId, Seat, Span};
@@ -13,6 +13,8 @@ use super::{JobId, Seat, Span};
 pub(super) struct Job {
     /// What of the prompt is still to read.
     unread: Range<usize>,
+    /// Where in it a span must end, ascending; only those ahead.
+    stops: VecDeque<usize>,
     /// `None` = done.
     choices: Vec<Option<Choice>>,
     /// The seats it holds; fewer as choices end.
@@ -29,15 +31,30 @@ struct Choice {
 }
 
 impl Job {
-    /// A job that has to read `tokens` tokens and then has a choice for each of `seats`, which are not empty.
-    pub fn new(tokens: usize, seats: &[Seat]) -> Self {
+    /// A job that has to read `tokens` tokens, stopping at `stops`, and then has a choice for each of `seats`, which are not
+    /// empty.
+    pub fn new(tokens: usize, seats: &[Seat], stops: Vec<usize>) -> Self {
         let choices = seats.iter().map(|&seat| Some(Choice { seat, from: seats[0], waiting: 0 })).collect();
-        Self { unread: 0..tokens, choices, seats: seats.iter().copied().collect() }
+        let mut job = Self { unread: 0..tokens, stops: stops.into(), choices, seats: seats.iter().copied().collect() };
+        job.pass();
+        job
+    }
+
+    /// Forgets the stops that lie behind.
+    fn pass(&mut self) {
+        while self.stops.front().is_some_and(|&stop| stop <= self.unread.start) {
+            self.stops.pop_front();
+        }
     }
 
     /// Tokens of the prompt that are still to read.
     pub fn unread(&self) -> usize {
         self.unread.len()
+    }
+
+    /// How many of them the next span can have.
+    pub fn next(&self) -> usize {
+        self.stops.front().map_or(self.unread.end, |&stop| stop.min(self.unread.end)) - self.unread.start
     }
 
     pub fn seats(&self) -> &BTreeSet<Seat> {
@@ -54,6 +71,7 @@ impl Job {
         let seat = self.choices.iter().flatten().next().expect("a job without live choices is dropped").from;
         let tokens = self.unread.start..self.unread.start + tokens;
         self.unread.start = tokens.end;
+        self.pass();
         Span { job: id, choice: None, from: seat, seat, tokens, last: self.unread.is_empty() }
     }
 

@@ -4,6 +4,7 @@ mod branch;
 mod initial;
 mod keep;
 mod origin;
+mod prefix;
 mod prompt;
 mod queries;
 mod quota;
@@ -27,13 +28,15 @@ pub use crate::state::At;
 use crate::state::{self, Archive};
 use crate::text::{Profile, Tokenizer};
 use crate::types::{Message, Sampling, SessionId, StateId, Tenant, TurnUsage};
+use prefix::PrefixCache;
 
 pub use branch::Branching;
 pub use initial::InitialStates;
+pub use prefix::PrefixLimits;
 pub use quota::{Quota, Quotas};
 pub use retain::{Policy, SweepPace};
 pub use sweep::Swept;
-pub use turn::{Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
+pub use turn::{Cached, Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
 
 /// What is known of a served model.
 #[derive(Clone, Debug)]
@@ -185,6 +188,8 @@ pub struct Sessions {
     /// Ends them when their time is up.
     stop: CancellationToken,
     busy: Busy,
+    /// What was read before; `None` = nothing is kept.
+    prefix: Option<Arc<PrefixCache>>,
 }
 
 impl Sessions {
@@ -201,12 +206,18 @@ impl Sessions {
             turns: TaskTracker::new(),
             stop: CancellationToken::new(),
             busy: Busy::default(),
+            prefix: None,
         }
     }
 
     /// How many states are kept, and of whom how many.
     pub fn with_policy(self, policy: Policy) -> Self {
         Self { policy: Arc::new(policy), ..self }
+    }
+
+    /// Keeps what turns have read, so that no turn reads it again.
+    pub fn with_prefix_cache(self, limits: &PrefixLimits) -> Self {
+        Self { prefix: PrefixCache::new(limits).map(Arc::new), ..self }
     }
 
     /// Begins to serve these models; the first is the default. Only the first call counts.

@@ -157,6 +157,7 @@ impl Sessions {
             // The token is sampled and never read: the state is that after the ids.
             max_tokens: 1,
             keep: true,
+            checkpoints: None,
         };
         let mut events = model.engine.submit(job, permit.into_iter().next().expect("one was asked for"));
         while let Some(event) = events.recv().await {

@@ -9,8 +9,10 @@ use tokio::sync::mpsc;
 use super::initial::Fresh;
 use super::keep::{Keeper, NotKept, said};
 use super::origin::{Origin, Parent};
+use super::prefix;
+use super::prefix::Reader;
 use super::prompt::{self, Reading};
-use super::{Error, Event, Input, Model, Running, Sessions, StateReceipt, Turn};
+use super::{Cached, Error, Event, Input, Model, Running, Sessions, StateReceipt, Turn};
 use crate::engine::{self, Job, Permit};
 use crate::state::Entry;
 use crate::telemetry::clock;
@@ -62,6 +64,12 @@ impl Sessions {
         }
         let permits = model.engine.reserve(jobs.len()).map_err(|full| Error::Full { retry_after: full.retry_after })?;
 
+        let cached_tokens = Cached::from(cached * readings.len() as u64);
+        let reader = self.prefix.as_ref().map(|cache| {
+            let boundaries = readings.first().map_or(&[][..], |reading| &reading.boundaries);
+            let (parent, fresh) = (origin.parent.as_ref(), fresh.as_ref());
+            Reader::new(cache, &turn.tenant, &model, (parent, fresh), boundaries, &cached_tokens)
+        });
         let (events, receiver) = mpsc::channel(BACKLOG);
         let created = clock::unix_seconds();
         let running = Running {
@@ -71,7 +79,7 @@ impl Sessions {
             created,
             seed: turn.sampling.seed,
             prompt_tokens: readings.iter().map(|r| consumed + r.ids.len() as u64).sum(),
-            cached_tokens: cached * readings.len() as u64,
+            cached_tokens: cached_tokens.clone(),
             choices: readings.len() * turn.choices,
             events: receiver,
         };
@@ -85,11 +93,12 @@ impl Sessions {
             created,
             expires_at: turn.ttl_s.or(self.default_ttl_s).map(|s| created.saturating_add(s)),
             prompt_tokens: consumed + readings.first().map_or(0, |r| r.ids.len() as u64),
+            cached_tokens,
             turn,
         };
         let stop = self.stop.clone();
         self.turns.spawn(async move {
-            let outputs = submit(&model, jobs, permits);
+            let outputs = submit(&model, jobs, permits, reader.as_ref());
             tokio::select! {
                 () = forward(outputs, &mut keeper, &events) => {}
                 () = stop.cancelled() => {
@@ -195,7 +204,7 @@ fn replayed(entry: Entry, session: &SessionId, model: &Model) -> Option<Running>
         created: record.created,
         seed: record.seed,
         prompt_tokens: record.usage.prompt_tokens,
-        cached_tokens: record.usage.cached_tokens,
+        cached_tokens: record.usage.cached_tokens.into(),
         choices: 1,
         events: receiver,
     })
@@ -236,6 +245,7 @@ fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Mem
                 trim: Trim { start: chat && !middle, end: chat },
                 max_tokens,
                 keep: turn.store,
+                checkpoints: None,
             };
             jobs.push((job, prompt * turn.choices + first_choice));
         }
@@ -246,10 +256,13 @@ fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Mem
 /// The events of all jobs, each with the index of its job's first choice.
 type Outputs = SelectAll<stream::BoxStream<'static, (usize, engine::Event)>>;
 
-fn submit(model: &Model, jobs: Vec<Placed>, permits: Vec<Permit>) -> Outputs {
+fn submit(model: &Arc<Model>, jobs: Vec<Placed>, permits: Vec<Permit>, reader: Option<&Reader>) -> Outputs {
     let submit = |((job, first), permit): (Placed, Permit)| {
-        let mut events = model.engine.submit(job, permit);
-        stream::poll_fn(move |cx| events.poll_recv(cx)).map(move |event| (first, event)).boxed()
+        let events = match reader {
+            Some(reader) => reader.clone().run(model.clone(), job, permit).boxed(),
+            None => prefix::events(model, job, permit).boxed(),
+        };
+        events.map(move |event| (first, event)).boxed()
     };
     jobs.into_iter().zip(permits).map(submit).collect()
 }

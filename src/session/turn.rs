@@ -1,8 +1,11 @@
 //! What goes into a turn and what comes out of it: the language between the wire and the use-cases.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::types::{Finish, Message, Sampling, SessionId, StateId, Tenant};
@@ -71,10 +74,45 @@ pub struct Running {
     pub seed: u64,
     /// Over all prompts.
     pub prompt_tokens: u64,
-    pub cached_tokens: u64,
+    /// How many of them were not computed again.
+    pub cached_tokens: Cached,
     /// Prompts × choices; choice `prompt * n + j`.
     pub choices: usize,
     pub(super) events: mpsc::Receiver<Event>,
+}
+
+/// A number of tokens that were not computed again. It is complete before the turn's first event: a turn may wait for what
+/// another one is reading.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(from = "u64", into = "u64")]
+pub struct Cached(Arc<AtomicU64>);
+
+impl Cached {
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    pub(super) fn add(&self, tokens: u64) {
+        self.0.fetch_add(tokens, Ordering::AcqRel);
+    }
+}
+
+impl PartialEq for Cached {
+    fn eq(&self, other: &Self) -> bool {
+        self.get() == other.get()
+    }
+}
+
+impl From<Cached> for u64 {
+    fn from(tokens: Cached) -> Self {
+        tokens.get()
+    }
+}
+
+impl From<u64> for Cached {
+    fn from(tokens: u64) -> Self {
+        Self(Arc::new(tokens.into()))
+    }
 }
 
 impl Running {

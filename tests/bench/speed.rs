@@ -1,6 +1,7 @@
 //! How fast it is: kernels on a real model's shapes, the engine and the states on the embedded model. See `NOTES.md`.
 
 mod synthetic;
+mod transcripts;
 
 use std::hint::black_box;
 use std::path::Path;
@@ -62,6 +63,7 @@ fn job(ids: Vec<u32>, max_tokens: u64) -> Job {
         trim: Trim::default(),
         max_tokens,
         keep: false,
+        checkpoints: None,
     }
 }
 
@@ -241,5 +243,5 @@ fn first_tokens(c: &mut Criterion, name: &str, engine: Handle) {
     }
 }
 
-criterion_group!(benches, probe, kernels, throughput, states, turns);
+criterion_group!(benches, probe, kernels, throughput, states, turns, transcripts::transcripts);
 criterion_main!(benches);

@@ -11,7 +11,7 @@ use rewake::types::{StateId, Tenant};
 use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc};
 
-use crate::server::{CHAT, COMPLETIONS, Client, Server, last, piece, said};
+use crate::server::{CHAT, COMPLETIONS, Client, Server, config, forgetful, last, piece, said};
 use crate::store::{Failing, Op, Recording};
 use crate::{user, with};
 
@@ -294,7 +294,8 @@ async fn a_lost_permission_costs_what_needs_it_and_nothing_else() {
 async fn on_disk() -> (Server, Client, tempfile::TempDir) {
     let folder = tempfile::tempdir().expect("a folder");
     let store = Local::open(folder.path().to_owned()).await.expect("a good folder");
-    let server = Server::over(Arc::new(store));
+    // What is lost shall not be found again in memory.
+    let server = Server::with(&forgetful(config()), Arc::new(store));
     let client = server.client();
     (server, client, folder)
 }
