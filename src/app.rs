@@ -15,8 +15,8 @@ use crate::config::{self, Config, ProfileChoice};
 use crate::engine::{Handle, ModelBackend, Speculation};
 use crate::model::{self, Checkpoint, LoadOptions, Lora, Team};
 use crate::scheduler::Limits;
-use crate::session::{InitialStates, Model, ModelCard, Sessions};
-use crate::state::{Archive, Bounded, Bucket, InMemory, Local, Place, Storage, Store, Tiered, is_state};
+use crate::session::{InitialStates, Model, ModelCard, Policy, Quotas, Sessions, SweepPace};
+use crate::state::{Archive, Bounded, Bucket, BucketUrl, InMemory, Local, Storage, Store, Tiered, is_state};
 use crate::telemetry::{clock, metrics};
 use crate::text::{self, Profile, Tokenizer};
 
@@ -45,9 +45,15 @@ impl App {
     pub fn with_store(config: &Config, store: Arc<dyn Store>) -> anyhow::Result<Self> {
         let ttl = (config.states.default_ttl_s > 0).then_some(config.states.default_ttl_s);
         let storage = Storage { precision: config.states.precision, compress: config.states.compress };
-        let archive = Archive::new(store).storing(storage);
-        let sessions =
-            Arc::new(Sessions::new(archive, config.turns.clone(), ttl).with_prefix_cache(&config.prefix_cache));
+        let archive = Archive::new(store).storing(storage).with_grace(config.states.grace_s);
+        let of = config.tenant.iter().map(|tenant| (tenant.name.clone(), tenant.quota)).collect();
+        let quotas = Quotas::new(config.states.quota, of);
+        let policy = Policy { snapshots: config.states.session_snapshots, quotas };
+        let sessions = Arc::new(
+            Sessions::new(archive, config.turns.clone(), ttl)
+                .with_policy(policy)
+                .with_prefix_cache(&config.prefix_cache),
+        );
         let router = api::router(api::App {
             sessions: sessions.clone(),
             keys: config.key.clone(),
@@ -66,6 +72,11 @@ impl App {
     ) -> io::Result<()> {
         let Self { router, sessions, drain } = self;
         let (drained, wait) = tokio::sync::oneshot::channel();
+        let sweeping = sessions.clone();
+        let sweep = tokio::spawn(async move {
+            sweeping.ready().await;
+            sweeping.sweep_always(SweepPace::default()).await;
+        });
         let serve = axum::serve(listener, router).with_graceful_shutdown(async move {
             shutdown.await;
             sessions.drain();
@@ -78,10 +89,13 @@ impl App {
             let _ = wait.await;
             tokio::time::sleep(Duration::from_secs(2)).await;
         };
-        tokio::select! {
+        let served = tokio::select! {
             served = async { serve.await } => served,
             () = linger => Ok(()),
-        }
+        };
+        // Whatever it was at is done by the next one.
+        sweep.abort();
+        served
     }
 }
 
@@ -97,7 +111,7 @@ async fn store(states: &config::States) -> anyhow::Result<Arc<dyn Store>> {
 
 /// Memory before the disk before the bucket.
 async fn shared_store(states: &config::States) -> anyhow::Result<Arc<dyn Store>> {
-    let bucket = Bucket::open(&Place { url: states.url.clone(), endpoint: states.endpoint.clone() }).await?;
+    let bucket = Bucket::open(&BucketUrl { url: states.url.clone(), endpoint: states.endpoint.clone() }).await?;
     let bucket: Arc<dyn Store> = if states.disk_bytes > 0 {
         // Copies of an earlier process, whose use nobody noted: they would never go.
         let dir = state_dir(states)?.join("copies");

@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{ApiLimits, Key};
 use crate::model::Kind;
-use crate::session::{PrefixLimits, TurnLimits};
+use crate::session::{PrefixLimits, Quota, TurnLimits};
 use crate::state::Precision;
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
-use crate::types::{InitialName, readable};
+use crate::types::{InitialName, Tenant, readable};
 
 /// Everything that can be configured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -27,6 +27,16 @@ pub struct Config {
     pub model: Vec<Model>,
     /// API keys; none = everybody may do everything.
     pub key: Vec<Key>,
+    /// Quotas of single tenants; others have that of `[states]`.
+    pub tenant: Vec<TenantQuota>,
+}
+
+/// How much one tenant may have stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TenantQuota {
+    pub name: Tenant,
+    pub quota: Quota,
 }
 
 /// Where the server listens.
@@ -47,7 +57,7 @@ impl Default for Server {
     }
 }
 
-/// Where states are kept.
+/// Where states are kept, and which.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct States {
@@ -67,6 +77,12 @@ pub struct States {
     pub precision: Precision,
     /// Whether what is stored is compressed.
     pub compress: bool,
+    /// States that each session keeps, its head included; 0 = all. Older turns are read again when they are asked for.
+    pub session_snapshots: u64,
+    /// Seconds before what a crash or a deletion left is removed: longer than any turn runs.
+    pub grace_s: u64,
+    /// The most that each tenant may have stored; 0 = as much as there is room for.
+    pub quota: Quota,
 }
 
 impl Default for States {
@@ -80,6 +96,9 @@ impl Default for States {
             default_ttl_s: 0,
             precision: Precision::default(),
             compress: false,
+            session_snapshots: 32,
+            grace_s: 6 * 3600,
+            quota: Quota::default(),
         }
     }
 }
@@ -344,6 +363,11 @@ impl Config {
         for (n, key) in self.key.iter().enumerate() {
             if self.key[..n].iter().any(|other| other.name == key.name || other.hash == key.hash) {
                 return wrong(&format!("key.{n}"), &format!("has a name or a hash that another has: `{}`", key.name));
+            }
+        }
+        for (n, tenant) in self.tenant.iter().enumerate() {
+            if self.tenant[..n].iter().any(|other| other.name == tenant.name) {
+                return wrong(&format!("tenant.{n}"), &format!("has the name `{}`, which another has", tenant.name));
             }
         }
         let mut names = std::collections::BTreeSet::new();

@@ -2,6 +2,10 @@
 
 #[path = "server/bodies.rs"]
 mod bodies;
+#[path = "server/branches.rs"]
+mod branches;
+#[path = "server/canaries.rs"]
+mod canaries;
 #[path = "server/cluster.rs"]
 mod cluster;
 #[path = "server/conformance.rs"]
@@ -10,6 +14,8 @@ mod conformance;
 mod durability;
 #[path = "server/errors.rs"]
 mod errors;
+#[path = "server/faults.rs"]
+mod faults;
 #[path = "server/initial.rs"]
 mod initial;
 #[path = "server/laws.rs"]
@@ -18,6 +24,10 @@ mod laws;
 mod prefix;
 #[path = "server/process.rs"]
 mod process;
+#[path = "server/quotas.rs"]
+mod quotas;
+#[path = "server/rebuilt.rs"]
+mod rebuilt;
 #[path = "support/server.rs"]
 mod server;
 #[path = "server/sessions.rs"]
@@ -28,6 +38,8 @@ mod speculation;
 mod states;
 #[path = "support/store.rs"]
 mod store;
+#[path = "server/swept.rs"]
+mod swept;
 #[path = "server/tenants.rs"]
 mod tenants;
 

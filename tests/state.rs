@@ -5,6 +5,8 @@ mod support {
 }
 #[path = "state/archive.rs"]
 mod archive;
+#[path = "state/branches.rs"]
+mod branches;
 #[path = "state/bucket.rs"]
 mod bucket;
 #[path = "state/codec.rs"]
@@ -43,6 +45,7 @@ fn snapshot(n: u64) -> Snapshot {
         fingerprint: "b3".into(),
         arithmetic: "1".into(),
         session: None,
+        record: None,
         turn: n,
         created: 100 + n,
         expires_at: None,
@@ -69,6 +72,7 @@ fn snapshot(n: u64) -> Snapshot {
 fn made_by(n: u64, session: &SessionId) -> Snapshot {
     let mut snapshot = snapshot(n);
     snapshot.head.session = Some(session.clone());
+    snapshot.head.record = Some(n);
     snapshot
 }
 
@@ -87,6 +91,7 @@ fn turn(n: u64) -> TurnRecord {
         takes_back: 0,
         ids: vec![1, 2, 3],
         answer_ids: 1,
+        resume: None,
         response_id: format!("cmpl-{n}"),
         seed: n,
         usage: Default::default(),

@@ -14,6 +14,9 @@ use crate::session::{self, Readiness};
 /// How long a client should wait for a server that is loading or being replaced.
 const RESTART: Duration = Duration::from_secs(5);
 
+/// How long a client should wait for a turn that it asked for before and that still runs.
+const RUNNING: Duration = Duration::from_millis(500);
+
 /// Error messages repeat what was wrong with a request; not all of a huge one.
 const LONGEST_MESSAGE: usize = 500;
 
@@ -118,6 +121,11 @@ impl Error {
                     Wire::new(409, "initial_state_mismatch").param(Some("session_id")).last()
                 }
                 S::SessionBusy(_) => Wire::new(409, "session_busy").param(Some("session_id")).last(),
+                // An SDK that lost the connection and asks again will find the answer.
+                S::TurnRunning(_) => Wire::new(409, "session_busy").param(Some("session_id")).after(RUNNING),
+                S::SessionExists(_) => Wire::new(409, "session_exists").param(Some("to")).last(),
+                S::TurnConflict { .. } => Wire::new(409, "session_conflict").param(Some("session_id")).last(),
+                S::QuotaExceeded { .. } => Wire::new(403, "state_quota_exceeded"),
                 S::SessionConflict { .. } => Wire::new(412, "session_conflict").param(Some("session_id")),
                 S::StateDamaged(..) => Wire::new(500, "state_damaged").param(Some("state_id")).shown().last(),
                 S::SessionDamaged(_) => Wire::new(500, "session_damaged").param(Some("session_id")).shown().last(),
@@ -195,6 +203,10 @@ impl IntoResponse for Error {
             headers.insert(header::RETRY_AFTER, millis.div_ceil(1000).into());
             headers.insert(RETRY_AFTER_MS, millis.into());
         }
+        if let Self::Session(session::Error::TurnConflict { state: Some(state), .. }) = &self {
+            let id = HeaderValue::from_str(state.as_str()).expect("state ids are hexadecimal digits");
+            headers.insert(super::openai::STATE_ID, id);
+        }
         if wire.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
@@ -246,12 +258,17 @@ pub enum Refusals {
 #[derive(IntoResponses)]
 #[allow(dead_code, reason = "only for the documentation")]
 pub enum Conflicts {
-    /// `state_model_mismatch`, `initial_state_mismatch` or `session_busy`, with `x-should-retry: false`.
+    /// `state_model_mismatch`, `initial_state_mismatch`, `session_busy`, or `session_conflict` (another server committed a
+    /// turn first; the header `x-state-id` names the state of this one), with `x-should-retry: false`. `session_busy` with
+    /// `retry-after` when the very turn is running, by its `Idempotency-Key`.
     #[response(status = 409)]
     Conflict(ErrorBody),
     /// `session_conflict`: the session's head is not what `If-Match` says.
     #[response(status = 412)]
     Precondition(ErrorBody),
+    /// `state_quota_exceeded`: the tenant's stored states are as many, or as large, as they may be.
+    #[response(status = 403)]
+    Quota(ErrorBody),
     /// The body is too large.
     #[response(status = 413)]
     TooLarge(ErrorBody),
@@ -285,7 +302,12 @@ mod tests {
         let mismatch = S::StateModelMismatch { state_model: "a".into(), model: "b".into() };
         let conflict = S::SessionConflict { session: session.clone(), head: state.to_string() };
         let beginning = S::InitialStateMismatch { session: session.clone(), began_from: "elsewhere".into() };
-        let cases: [(Error, u16, &str, Option<&str>); 18] = [
+        let lost = S::TurnConflict { session: session.clone(), state: Some(state.clone()) };
+        let cases: [(Error, u16, &str, Option<&str>); 22] = [
+            (lost.into(), 409, "session_conflict", Some("session_id")),
+            (S::TurnRunning(session.clone()).into(), 409, "session_busy", Some("session_id")),
+            (S::SessionExists(session.clone()).into(), 409, "session_exists", Some("to")),
+            (S::QuotaExceeded { message: "x".into() }.into(), 403, "state_quota_exceeded", None),
             (S::ModelNotFound("x".into()).into(), 404, "model_not_found", Some("model")),
             (S::StateNotFound(state.clone()).into(), 404, "state_not_found", Some("state_id")),
             (S::SessionNotFound(session.clone()).into(), 404, "session_not_found", Some("session_id")),
@@ -337,6 +359,11 @@ mod tests {
         assert!(!full.headers().contains_key("x-should-retry"));
         let busy = Error::from(S::SessionBusy(SessionId::parse("s").unwrap())).into_response();
         assert_eq!(busy.headers()["x-should-retry"], "false");
+        let running = Error::from(S::TurnRunning(SessionId::parse("s").unwrap())).into_response();
+        assert!(running.headers().contains_key("retry-after-ms") && !running.headers().contains_key("x-should-retry"));
+        let state = StateId::new(1, 2);
+        let lost = S::TurnConflict { session: SessionId::parse("s").unwrap(), state: Some(state.clone()) };
+        assert_eq!(Error::from(lost).into_response().headers()["x-state-id"], state.as_str());
         let draining = Error::not_ready(Readiness::Draining).unwrap().into_response();
         assert_eq!((draining.status().as_u16(), &draining.headers()["retry-after"]), (503, &HeaderValue::from(5)));
         assert!(Error::not_ready(Readiness::Ready).is_none());

@@ -105,6 +105,8 @@ fn documented() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(sessions::list_sessions))
         .routes(routes!(sessions::show_session, sessions::delete_session))
         .routes(routes!(sessions::list_turns))
+        .routes(routes!(sessions::fork_session))
+        .routes(routes!(sessions::rewind_session))
         .routes(routes!(health::health))
         .routes(routes!(health::ready))
         .routes(routes!(health::metrics))

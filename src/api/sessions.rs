@@ -5,16 +5,18 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::HeaderMap;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::error::Refusals;
-use super::extract::{Name, Query};
+use super::extract::{JsonBody, Name, Query};
 use super::list::{Deleted, Identified, List, PageQuery, page};
 use super::openai::reply::Usage;
+use super::openai::{entity_tag, if_match, refuse_unknown};
 use super::{App, Caller, Error, ErrorBody};
-use crate::session::{Listing, SessionInfo, TurnInfo};
-use crate::types::{Message, Role, SessionId};
+use crate::session::{At, Branching, Listing, SessionInfo, TurnInfo};
+use crate::types::{Message, Role, SessionId, StateId};
 
 /// A named conversation.
 #[derive(Debug, Serialize, ToSchema)]
@@ -51,8 +53,7 @@ impl From<SessionInfo> for Session {
             bytes: info.bytes,
             created: info.created,
             updated: info.updated,
-            // Sessions are made by turns, which bring none.
-            metadata: BTreeMap::new(),
+            metadata: info.metadata,
         }
     }
 }
@@ -223,6 +224,111 @@ pub async fn list_turns(
     let listing = app.sessions.turns(&caller.tenant, &session_id(id)?, page).await?;
     let data = listing.data.into_iter().map(|turn| SessionTurn::new(turn, query.token_ids)).collect();
     Ok(Json(List::new(Listing { data, has_more: listing.has_more })))
+}
+
+/// Where a session is to begin that forks another.
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct ForkRequest {
+    /// Name of the new session.
+    #[schema(required = true)]
+    to: Option<String>,
+    /// A turn, by its number from 1 or by its state's id; left out, the head.
+    at: Option<Point>,
+}
+
+/// Where a session is to go back to.
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct RewindRequest {
+    /// A turn, by its number from 1 or by its state's id. That of a turn which was taken back works too.
+    #[schema(required = true)]
+    at: Option<Point>,
+}
+
+/// A turn: its number, or the id of the state after it.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum Point {
+    Turn(u64),
+    State(String),
+}
+
+impl Point {
+    fn at(self) -> Result<At, Error> {
+        match self {
+            Self::Turn(number) => Ok(At::Number(number)),
+            Self::State(id) => StateId::parse(id.as_str()).map(At::State).map_err(|_| Error::UnknownState(id)),
+        }
+    }
+}
+
+/// Begin another session where this one is, or was: at once, whatever its length. Nothing is computed again, and what both
+/// have in common is stored once; deleting either leaves the other whole.
+#[utoipa::path(
+    post,
+    path = "/v1/sessions/{id}/fork",
+    tag = "sessions",
+    params(
+        ("id" = String, Path, description = "Name of a session"),
+        ("if-match" = Option<String>, Header, description = "`\"<state id>\"`: only if that is its head"),
+    ),
+    request_body = ForkRequest,
+    responses(
+        (status = 200, description = "The new session", body = Session),
+        (status = 409, description = "There is a session of that name (`session_exists`)", body = ErrorBody),
+        (status = 412, description = "`session_conflict`: the head is not what `If-Match` says", body = ErrorBody),
+        Refusals,
+    ),
+)]
+pub async fn fork_session(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Name(id): Name,
+    headers: HeaderMap,
+    body: JsonBody,
+) -> Result<Json<Session>, Error> {
+    refuse_unknown(&body.others(&["to", "at"])?.into_keys().collect::<Vec<_>>())?;
+    let ForkRequest { to, at } = body.read()?;
+    let to = to.ok_or_else(|| Error::invalid("to", "`to` must name the new session"))?;
+    let to = SessionId::parse(to).map_err(|e| Error::invalid("to", e.to_string()))?;
+    let branching = Branching { at: at.map(Point::at).transpose()?, if_match: condition(&headers)? };
+    Ok(Json(app.sessions.fork(&caller.tenant, &session_id(id)?, &to, branching).await?.into()))
+}
+
+/// Move the head of a session to an earlier turn. The turns after it are no longer the session's, but their states stay
+/// and can be gone back to by their ids. Refused with 409 while it runs a turn.
+#[utoipa::path(
+    post,
+    path = "/v1/sessions/{id}/rewind",
+    tag = "sessions",
+    params(
+        ("id" = String, Path, description = "Name of a session"),
+        ("if-match" = Option<String>, Header, description = "`\"<state id>\"`: only if that is its head"),
+    ),
+    request_body = RewindRequest,
+    responses(
+        (status = 200, description = "The session", body = Session),
+        (status = 409, description = "It is running a turn (`session_busy`), or another server committed one just now \
+                                      (`session_conflict`)", body = ErrorBody),
+        (status = 412, description = "`session_conflict`: the head is not what `If-Match` says", body = ErrorBody),
+        Refusals,
+    ),
+)]
+pub async fn rewind_session(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Name(id): Name,
+    headers: HeaderMap,
+    body: JsonBody,
+) -> Result<Json<Session>, Error> {
+    refuse_unknown(&body.others(&["at"])?.into_keys().collect::<Vec<_>>())?;
+    let RewindRequest { at } = body.read()?;
+    let at = at.ok_or_else(|| Error::invalid("at", "`at` must be a turn's number or a state's id"))?;
+    let branching = Branching { at: Some(at.at()?), if_match: condition(&headers)? };
+    Ok(Json(app.sessions.rewind(&caller.tenant, &session_id(id)?, branching).await?.into()))
+}
+
+fn condition(headers: &HeaderMap) -> Result<Option<StateId>, Error> {
+    if_match(headers)?.as_deref().map(entity_tag).transpose()
 }
 
 /// What cannot be a session's name is unknown like any other.

@@ -98,6 +98,7 @@ fn stored(
         fingerprint: String::new(),
         arithmetic: crate::engine::ARITHMETIC.into(),
         session: None,
+        record: None,
         turn: 1,
         created: 0,
         expires_at: None,

@@ -3,17 +3,19 @@
 use std::sync::Arc;
 
 use super::origin::{Parent, Session};
-use super::{Cached, Input, Model, Prompt, StateError, StateReceipt, Turn};
+use super::retain::Policy;
+use super::{Cached, Error, Input, Model, Prompt, StateError, StateReceipt, Turn};
 use crate::engine::Kept;
 use crate::state::{self, Archive, Commit};
 use crate::telemetry::{clock, metrics};
 use crate::types::{
-    Beginning, Finish, Memory, Message, Pending, Snapshot, SnapshotHead, StateId, TurnRecord, TurnUsage,
+    Beginning, Finish, Memory, Message, Pending, Resume, Snapshot, SnapshotHead, StateId, TurnRecord, TurnUsage,
 };
 
 /// Everything about a turn that its stored state and record say.
 pub(super) struct Keeper {
     pub archive: Archive,
+    pub policy: Arc<Policy>,
     pub model: Arc<Model>,
     pub parent: Option<Parent>,
     /// What a turn without a parent began from.
@@ -30,6 +32,14 @@ pub(super) struct Keeper {
     pub turn: Turn,
 }
 
+/// A response whose state is not what was asked for.
+pub(super) enum NotKept {
+    /// There is none; the answer arrives all the same.
+    Lost(StateError),
+    /// Another turn of the session was committed first.
+    Conflict(Error),
+}
+
 impl Keeper {
     /// Stores the snapshot, then, in a session, commits the turn record; both are durable when this returns.
     pub async fn keep(
@@ -38,7 +48,7 @@ impl Keeper {
         answer: String,
         finish: Finish,
         sampled: u64,
-    ) -> Result<StateReceipt, StateError> {
+    ) -> Result<StateReceipt, NotKept> {
         let began = clock::now();
         let Kept { mut memory, mut ids } = kept;
         if let Some(last) = self.waits {
@@ -58,36 +68,90 @@ impl Keeper {
             expires_at: head.expires_at,
         };
         let bytes = receipt.bytes;
-        if let Err(e) = self.archive.keep(Arc::new(Snapshot { head, memory })).await {
-            return Err(failed("state_store_failed", "the state could not be stored", Some(&e)));
-        }
+        let snapshot = Arc::new(Snapshot { head, memory });
+        self.store(&snapshot).await?;
         if let Some(session) = &self.session {
             let record = TurnRecord { state: Some(receipt.id.clone()), ..record };
-            match self.archive.commit(&self.turn.tenant, &session.id, &session.head, &record).await {
+            match self.commit(session, record).await {
                 Ok(Commit::Committed) => {}
                 Ok(Commit::Taken) => {
-                    let why = format!(
-                        "another turn of session `{}` was committed first; this one is kept as state {} without a session",
-                        session.id, receipt.id
-                    );
-                    return Err(failed("session_conflict", &why, None));
+                    let state = self.store_free(&snapshot).await;
+                    tracing::warn!(session = %session.id, "another turn was committed first");
+                    return Err(NotKept::Conflict(Error::TurnConflict { session: session.id.clone(), state }));
                 }
                 Err(e) => {
-                    let why = format!("the turn could not be committed, but its state is {}", receipt.id);
-                    return Err(failed("state_store_failed", &why, Some(&e)));
+                    let why = match self.store_free(&snapshot).await {
+                        Some(state) => {
+                            format!("the turn could not be committed; its state is {state}, without a session")
+                        }
+                        None => "the turn could not be committed".into(),
+                    };
+                    return Err(NotKept::Lost(failed("state_store_failed", &why, Some(&e))));
                 }
             }
+            self.policy.committed(&self.archive, &self.turn.tenant, session);
         }
         metrics::state_stored(bytes, clock::now() - began);
         Ok(receipt)
     }
 
+    /// Stores a snapshot, if the tenant may have another one.
+    async fn store(&self, snapshot: &Arc<Snapshot>) -> Result<(), NotKept> {
+        let (tenant, bytes) = (&self.turn.tenant, snapshot.memory.bytes());
+        match self.policy.quotas.admit(&self.archive, tenant, bytes, true).await {
+            Ok(()) => {}
+            Err(Error::QuotaExceeded { message }) => {
+                return Err(NotKept::Lost(failed("state_quota_exceeded", &message, None)));
+            }
+            Err(e) => tracing::warn!(%tenant, error = %e, "stored states could not be counted"),
+        }
+        let stored = async {
+            // A state without a session that was made from one of a session's: that one is then somebody else's too.
+            if let (None, Some(parent)) = (&snapshot.head.session, &self.parent)
+                && let Some(session) = &parent.session
+            {
+                let line = (&parent.id, &snapshot.head.id);
+                self.archive.note_child(tenant, session, line, clock::unix_seconds()).await?;
+            }
+            self.archive.keep(snapshot.clone()).await
+        };
+        if let Err(e) = stored.await {
+            self.policy.quotas.give_back(tenant, bytes).await;
+            return Err(NotKept::Lost(failed("state_store_failed", "the state could not be stored", Some(&e))));
+        }
+        Ok(())
+    }
+
+    /// Stores what did not become a turn as a state that belongs to no session, in place of the one that does.
+    async fn store_free(&self, snapshot: &Arc<Snapshot>) -> Option<StateId> {
+        let id = StateId::new(clock::unix_millis(), clock::random_u128());
+        let head = SnapshotHead { id: id.clone(), session: None, record: None, ..snapshot.head.clone() };
+        let free = Snapshot { head, memory: snapshot.memory.clone() };
+        let stored = self.archive.keep(Arc::new(free)).await;
+        if let Err(error) = &stored {
+            tracing::error!(%error, "the state of a turn that was not committed could not be stored");
+        }
+        // The other one was never announced: if it stays, the sweep finds it.
+        if let Err(error) = self.archive.remove(&self.turn.tenant, &snapshot.head.id).await {
+            tracing::warn!(%error, "the state of a turn that was not committed could not be removed");
+        }
+        stored.is_ok().then_some(id)
+    }
+
+    async fn commit(&self, session: &Session, record: TurnRecord) -> Result<Commit, state::Error> {
+        let (tenant, mut entry) = (&self.turn.tenant, session.head.turn(record));
+        if !self.turn.metadata.is_empty() {
+            entry.metadata.clone_from(&self.turn.metadata);
+        }
+        if let Some(key) = &entry.record.idempotency_key {
+            self.archive.note_key(tenant, &session.id, key, entry.turn).await?;
+        }
+        self.archive.commit_entry(tenant, &session.id, &entry).await
+    }
+
     fn head(&self) -> SnapshotHead {
         let turn = match (&self.session, &self.parent) {
-            (Some(session), _) => {
-                let next = session.head.next();
-                next - session.head.live.as_ref().map_or(next, |e| e.first) + 1
-            }
+            (Some(session), _) => session.head.depth() + 1,
             (None, Some(parent)) => parent.turn + 1,
             (None, None) => 1,
         };
@@ -99,6 +163,7 @@ impl Keeper {
             fingerprint: self.model.card.fingerprint.clone(),
             arithmetic: crate::engine::ARITHMETIC.into(),
             session: self.session.as_ref().map(|s| s.id.clone()),
+            record: self.session.as_ref().map(|s| s.head.next()),
             turn,
             created: clock::unix_seconds(),
             expires_at: self.expires_at,
@@ -128,6 +193,7 @@ impl Keeper {
             takes_back: pending.len() - common,
             answer_ids: ids.len().saturating_sub(prompt_ids),
             ids: ids[common..].to_vec(),
+            resume: Some(Resume::of(memory)),
             response_id: self.turn.response_id.clone(),
             seed: self.turn.sampling.seed,
             usage: TurnUsage { prompt_tokens: self.prompt_tokens, cached_tokens, completion_tokens: sampled },

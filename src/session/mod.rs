@@ -1,5 +1,6 @@
 //! L3: use-cases. Resume a state, tokenise only what is new, submit it, stream, keep the child, commit the turn.
 
+mod branch;
 mod initial;
 mod keep;
 mod origin;
@@ -7,10 +8,14 @@ mod portable;
 mod prefix;
 mod prompt;
 mod queries;
+mod quota;
+mod rebuild;
+mod retain;
 mod run;
+mod sweep;
 mod turn;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, btree_map::Entry};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -20,14 +25,19 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::engine;
+pub use crate::state::At;
 use crate::state::{self, Archive};
 use crate::text::{Profile, Tokenizer};
 use crate::types::{Message, Sampling, Segment, SessionId, StateId, Tenant, TurnUsage};
 use prefix::PrefixCache;
 
+pub use branch::Branching;
 pub use initial::InitialStates;
 pub use portable::check_metadata;
 pub use prefix::PrefixLimits;
+pub use quota::{Quota, Quotas};
+pub use retain::{Policy, SweepPace};
+pub use sweep::Swept;
 pub use turn::{Cached, Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
 
 /// What is known of a served model.
@@ -105,6 +115,7 @@ pub struct SessionInfo {
     pub bytes: u64,
     pub created: u64,
     pub updated: u64,
+    pub metadata: BTreeMap<String, String>,
 }
 
 /// One committed turn of a session.
@@ -168,10 +179,13 @@ pub struct Model {
 pub struct Sessions {
     /// The first is the default. Set once they are loaded.
     models: OnceLock<Vec<Arc<Model>>>,
+    /// Cancelled, as that can be waited for, when they are.
+    opened: CancellationToken,
     archive: Archive,
     limits: TurnLimits,
     /// Seconds that a state is kept when the request does not say; `None` = until it is deleted.
     default_ttl_s: Option<u64>,
+    policy: Arc<Policy>,
     draining: AtomicBool,
     /// Turns under way.
     turns: TaskTracker,
@@ -187,15 +201,22 @@ impl Sessions {
     pub fn new(archive: Archive, limits: TurnLimits, default_ttl_s: Option<u64>) -> Self {
         Self {
             models: OnceLock::new(),
+            opened: CancellationToken::new(),
             archive,
             limits,
             default_ttl_s,
+            policy: Arc::default(),
             draining: AtomicBool::new(false),
             turns: TaskTracker::new(),
             stop: CancellationToken::new(),
             busy: Busy::default(),
             prefix: None,
         }
+    }
+
+    /// How many states are kept, and of whom how many.
+    pub fn with_policy(self, policy: Policy) -> Self {
+        Self { policy: Arc::new(policy), ..self }
     }
 
     /// Keeps what turns have read, so that no turn reads it again.
@@ -207,6 +228,12 @@ impl Sessions {
     pub fn open(&self, models: Vec<Model>) {
         // A second call would change the meaning of running turns; there is none.
         let _ = self.models.set(models.into_iter().map(Arc::new).collect());
+        self.opened.cancel();
+    }
+
+    /// Waits until there are models to serve.
+    pub async fn ready(&self) {
+        self.opened.cancelled().await;
     }
 
     pub fn readiness(&self) -> Readiness {
@@ -255,9 +282,11 @@ impl Sessions {
     }
 }
 
-/// Which sessions run a turn in this process.
+/// Which sessions run a turn in this process, and the `Idempotency-Key` of that turn.
 #[derive(Clone, Default)]
-struct Busy(Arc<Mutex<BTreeSet<(Tenant, SessionId)>>>);
+struct Busy(Arc<Mutex<Runs>>);
+
+type Runs = BTreeMap<(Tenant, SessionId), Option<String>>;
 
 /// The right to run a turn of a session, given back when dropped.
 struct Turnstile {
@@ -266,15 +295,19 @@ struct Turnstile {
 }
 
 impl Busy {
-    fn enter(&self, tenant: &Tenant, session: &SessionId) -> Result<Turnstile, Error> {
+    fn enter(&self, tenant: &Tenant, session: &SessionId, turn: Option<&str>) -> Result<Turnstile, Error> {
         let key = (tenant.clone(), session.clone());
-        if !self.lock().insert(key.clone()) {
-            return Err(Error::SessionBusy(session.clone()));
-        }
+        match self.lock().entry(key.clone()) {
+            Entry::Vacant(free) => free.insert(turn.map(String::from)),
+            Entry::Occupied(running) if turn.is_some() && running.get().as_deref() == turn => {
+                return Err(Error::TurnRunning(session.clone()));
+            }
+            Entry::Occupied(_) => return Err(Error::SessionBusy(session.clone())),
+        };
         Ok(Turnstile { busy: self.clone(), key })
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeSet<(Tenant, SessionId)>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Runs> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

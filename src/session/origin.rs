@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{Error, Model, Sessions, Start, Turn, Turnstile};
 use crate::state::{self, Head};
 use crate::telemetry::clock;
-use crate::types::{Memory, Pending, SessionId, StateId, Tenant};
+use crate::types::{Memory, SessionId, StateId, Tenant};
 
 /// Where a turn begins, read from the archive.
 pub(super) struct Origin {
@@ -27,7 +27,18 @@ pub(super) struct Parent {
     pub id: StateId,
     /// Its number in its session or chain.
     pub turn: u64,
+    /// The session that made it.
+    pub session: Option<SessionId>,
+    /// How many of its tokens had to be read again because it was gone.
+    pub read_again: u64,
     pub memory: Arc<Memory>,
+}
+
+impl Parent {
+    /// How many tokens are not computed again.
+    pub fn cached(&self) -> u64 {
+        self.memory.consumed.saturating_sub(self.read_again)
+    }
 }
 
 impl Origin {
@@ -49,12 +60,21 @@ impl Sessions {
         match &turn.start {
             Start::Fresh => Ok(Origin { parent: None, session: None }),
             Start::State(id) => {
-                let parent = self.parent(&turn.tenant, id, model).await?;
-                let parent = parent.ok_or_else(|| Error::StateNotFound(id.clone()))?;
+                let parent = match self.parent(&turn.tenant, id, model).await {
+                    Ok(Some(parent)) => parent,
+                    Ok(None) => {
+                        let restored = self.restore(&turn.tenant, id, model).await?;
+                        restored.ok_or_else(|| Error::StateNotFound(id.clone()))?
+                    }
+                    Err(damaged @ Error::StateDamaged(..)) => {
+                        self.restore(&turn.tenant, id, model).await?.ok_or(damaged)?
+                    }
+                    Err(e) => return Err(e),
+                };
                 Ok(Origin { parent: Some(parent), session: None })
             }
             Start::Session { id, .. } => {
-                let turnstile = self.busy.enter(&turn.tenant, id)?;
+                let turnstile = self.busy.enter(&turn.tenant, id, turn.idempotency_key.as_deref())?;
                 let head = self.archive.head(&turn.tenant, id).await?;
                 let state = head.live.as_ref().and_then(|entry| entry.record.state.clone());
                 let parent = match &state {
@@ -88,35 +108,8 @@ impl Sessions {
             let state_model = snapshot.head.model;
             return Err(Error::StateModelMismatch { state_model, model: model.card.id.clone() });
         }
-        Ok(Some(Parent { id: id.clone(), turn: snapshot.head.turn, memory: Arc::new(snapshot.memory) }))
-    }
-
-    /// A session's sequence from its token log, to be read again because its snapshot is gone.
-    async fn reread(&self, tenant: &Tenant, id: &SessionId, head: &Head, model: &Model) -> Result<Parent, Error> {
-        let entry = head.live.as_ref().ok_or_else(|| Error::SessionNotFound(id.clone()))?;
-        let state = entry.record.state.clone().ok_or_else(|| Error::SessionNotFound(id.clone()))?;
-        if entry.record.fingerprint != model.card.fingerprint {
-            let state_model = entry.record.model.clone();
-            return Err(Error::StateModelMismatch { state_model, model: model.card.id.clone() });
-        }
-        let turns = self.archive.turns(tenant, id, 0, usize::MAX).await?;
-        let turns = turns.ok_or_else(|| Error::SessionNotFound(id.clone()))?.data;
-        let mut ids: Vec<u32> = Vec::new();
-        for turn in &turns {
-            ids.truncate(ids.len().saturating_sub(turn.record.takes_back));
-            ids.extend(&turn.record.ids);
-        }
-        // A session that began from a foreign state has a log that begins in the middle.
-        if ids.len() as u64 != entry.record.tokens {
-            return Err(Error::StateNotFound(state));
-        }
-        let beginning = turns.first().and_then(|entry| entry.record.beginning.as_ref());
-        let segments = model.initial.again(beginning);
-        let segments =
-            segments.map_err(|began_from| Error::InitialStateMismatch { session: id.clone(), began_from })?.to_vec();
-        tracing::warn!(session = %id, state = %state, tokens = ids.len(), "reading a session again: its snapshot is gone");
-        let pending = Pending { ends: ids, ..Default::default() };
-        let memory = Arc::new(Memory { segments, pending, ..Memory::default() });
-        Ok(Parent { id: state, turn: entry.turn - entry.first + 1, memory })
+        let head = snapshot.head;
+        let memory = Arc::new(snapshot.memory);
+        Ok(Some(Parent { id: id.clone(), turn: head.turn, session: head.session, read_again: 0, memory }))
     }
 }

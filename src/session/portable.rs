@@ -73,6 +73,7 @@ impl Sessions {
             fingerprint: model.card.fingerprint.clone(),
             arithmetic: brought.head.arithmetic,
             session: None,
+            record: None,
             turn: 1,
             created,
             expires_at: ttl_s.or(self.default_ttl_s).map(|s| created.saturating_add(s)),

@@ -1,9 +1,9 @@
 //! Listing, showing and deleting states, sessions and turns.
 
 use super::{Error, Listing, Page, SessionInfo, Sessions, StateInfo, TurnInfo};
-use crate::state::{self, Entry, Info, Listed, Wanted};
+use crate::state::{self, At, Entry, Info, Listed, Origin, Wanted};
 use crate::telemetry::clock;
-use crate::types::{Message, Role, SessionId, StateId, Tenant};
+use crate::types::{Message, Role, SessionId, StateId, Tenant, TurnRecord};
 
 impl Sessions {
     /// The tenant's states, oldest first, of one session or of all.
@@ -21,14 +21,67 @@ impl Sessions {
     pub async fn state(&self, tenant: &Tenant, id: &StateId) -> Result<StateInfo, Error> {
         match self.archive.info(tenant, id, clock::unix_seconds()).await {
             Ok(Some(info)) => Ok(state_info(info)),
-            Ok(None) => Err(Error::StateNotFound(id.clone())),
+            Ok(None) => self.evicted_state(tenant, id).await,
             Err(state::Error::Damaged { why, .. }) => Err(Error::StateDamaged(id.clone(), why)),
             Err(e) => Err(e.into()),
         }
     }
 
+    /// A state that is not stored, but can be rebuilt.
+    async fn evicted_state(&self, tenant: &Tenant, id: &StateId) -> Result<StateInfo, Error> {
+        let turn = match self.archive.evicted(tenant, id).await? {
+            Some(Origin { session, record, .. }) => {
+                let turn = self.archive.turn_at(tenant, &session, record).await?;
+                let now = clock::unix_seconds();
+                let is_it = |record: &TurnRecord| {
+                    record.state.as_ref() == Some(id) && record.expires_at.is_none_or(|at| at > now)
+                };
+                turn.map(|turn| (session, turn.entry)).filter(|(_, entry)| is_it(&entry.record))
+            }
+            None => None,
+        };
+        let (session, entry) = turn.ok_or_else(|| Error::StateNotFound(id.clone()))?;
+        let record = entry.record;
+        Ok(StateInfo {
+            id: id.clone(),
+            model: record.model,
+            parent: record.parent,
+            session_id: Some(session),
+            turn: entry.depth,
+            tokens: record.tokens,
+            bytes: record.bytes,
+            created: record.created,
+            expires_at: record.expires_at,
+            metadata: entry.metadata,
+        })
+    }
+
     pub async fn delete_state(&self, tenant: &Tenant, id: &StateId) -> Result<(), Error> {
-        if self.archive.remove(tenant, id).await? { Ok(()) } else { Err(Error::StateNotFound(id.clone())) }
+        let parent = match self.archive.info(tenant, id, 0).await {
+            Ok(info) => info.filter(|info| info.head.session.is_none()).and_then(|info| info.head.parent),
+            Err(_) => None,
+        };
+        let stored = self.archive.remove(tenant, id).await?;
+        let evicted = self.archive.forget_evicted(tenant, id).await?;
+        if !stored && !evicted {
+            return Err(Error::StateNotFound(id.clone()));
+        }
+        self.policy.quotas.count_again(tenant).await;
+        if let Some(parent) = parent
+            && let Err(error) = self.needs_less(tenant, &parent).await
+        {
+            // The sweep comes by again.
+            tracing::warn!(%error, "what a deleted session left could not be looked at");
+        }
+        Ok(())
+    }
+
+    /// A state that was made from `parent` is gone: it may have been the last to need what a deleted session left.
+    async fn needs_less(&self, tenant: &Tenant, parent: &StateId) -> Result<(), state::Error> {
+        if let Some(origin) = self.archive.origin_of(tenant, parent).await? {
+            self.archive.reclaim(tenant, &origin.session, clock::unix_seconds()).await?;
+        }
+        Ok(())
     }
 
     /// The tenant's sessions, by name.
@@ -52,9 +105,9 @@ impl Sessions {
             None => 0,
             Some(state) => {
                 let state = after(StateId::parse(state))?;
-                let all = self.archive.turns(tenant, id, 0, usize::MAX).await?.ok_or_else(not_found)?;
-                let turn = all.data.into_iter().find(|entry| entry.record.state.as_ref() == Some(&state));
-                turn.ok_or(Error::StateNotFound(state))?.turn
+                let head = self.archive.head(tenant, id).await?.live.ok_or_else(not_found)?;
+                let turn = self.archive.turn(tenant, id, &head, &At::State(state.clone())).await?;
+                turn.ok_or(Error::StateNotFound(state))?.entry.depth
             }
         };
         let turns = self.archive.turns(tenant, id, after, page.limit).await?.ok_or_else(not_found)?;
@@ -64,8 +117,9 @@ impl Sessions {
 
     /// Ends a session at once and removes its states, but for those other sessions have. Not while it runs a turn.
     pub async fn delete_session(&self, tenant: &Tenant, id: &SessionId) -> Result<(), Error> {
-        let _turnstile = self.busy.enter(tenant, id)?;
+        let _turnstile = self.busy.enter(tenant, id, None)?;
         let deleted = self.archive.delete(tenant, id, clock::unix_seconds()).await?;
+        self.policy.quotas.count_again(tenant).await;
         if deleted { Ok(()) } else { Err(Error::SessionNotFound(id.clone())) }
     }
 }
@@ -96,13 +150,14 @@ fn state_info(Info { head, tokens, bytes }: Info) -> StateInfo {
 fn session_info(id: SessionId, entry: Entry) -> Option<SessionInfo> {
     Some(SessionInfo {
         id,
-        turn: entry.turn - entry.first + 1,
+        turn: entry.depth,
         model: entry.record.model,
         head: entry.record.state?,
         tokens: entry.record.tokens,
         bytes: entry.record.bytes,
         created: entry.began,
-        updated: entry.record.created,
+        updated: entry.made,
+        metadata: entry.metadata,
     })
 }
 
@@ -117,7 +172,7 @@ fn turn_info(entry: Entry) -> Option<TurnInfo> {
     Some(TurnInfo {
         state: record.state?,
         parent: record.parent,
-        turn: entry.turn - entry.first + 1,
+        turn: entry.depth,
         response_id: record.response_id,
         messages,
         text,

@@ -7,8 +7,8 @@ use futures::stream::{self, SelectAll, StreamExt};
 use tokio::sync::mpsc;
 
 use super::initial::Fresh;
-use super::keep::{Keeper, said};
-use super::origin::Origin;
+use super::keep::{Keeper, NotKept, said};
+use super::origin::{Origin, Parent};
 use super::prefix;
 use super::prefix::Reader;
 use super::prompt::{self, Reading};
@@ -21,9 +21,6 @@ use crate::types::{Memory, SessionId};
 
 /// Events that wait for a slow reader before the turn's task does.
 const BACKLOG: usize = 64;
-
-/// How many of a session's last turns are looked at for a repeated `Idempotency-Key`: retries come soon.
-const REMEMBERED: u64 = 64;
 
 impl Sessions {
     /// Runs a turn. Everything that can be refused is refused here, before the first event.
@@ -48,6 +45,7 @@ impl Sessions {
         };
         let readings = readings?;
         let consumed = origin.parent.as_ref().map_or(0, |p| p.memory.consumed);
+        let cached = origin.parent.as_ref().map_or(0, Parent::cached);
         let max_tokens = self.check(&turn, &model, consumed, &readings)?;
 
         let memory = memory.or_else(|| fresh.as_ref().and_then(|fresh| fresh.memory.clone()));
@@ -62,9 +60,14 @@ impl Sessions {
                 &format!("this asks for more answers at once than the {most} the server has room for"),
             );
         }
+        if turn.store {
+            // Better than to find out when the answer is there.
+            let bytes = model.card.state_bytes;
+            self.policy.quotas.admit(&self.archive, &turn.tenant, bytes, false).await?;
+        }
         let permits = model.engine.reserve(jobs.len()).map_err(|full| Error::Full { retry_after: full.retry_after })?;
 
-        let cached_tokens = Cached::from(consumed * readings.len() as u64);
+        let cached_tokens = Cached::from(cached * readings.len() as u64);
         let reader = self.prefix.as_ref().map(|cache| {
             let boundaries = readings.first().map_or(&[][..], |reading| &reading.boundaries);
             let (parent, fresh) = (origin.parent.as_ref(), fresh.as_ref());
@@ -85,6 +88,7 @@ impl Sessions {
         };
         let mut keeper = Keeper {
             archive: self.archive.clone(),
+            policy: self.policy.clone(),
             model: model.clone(),
             parent: origin.parent,
             session: origin.session,
@@ -140,14 +144,11 @@ impl Sessions {
         Ok(max_tokens)
     }
 
-    /// The committed turn that a retried request already ran, if it is among its session's last ones.
+    /// The committed turn that a retried request already ran.
     async fn replay(&self, turn: &Turn, model: &Model, origin: &Origin) -> Result<Option<Running>, Error> {
         let (Some(key), Some(session)) = (&turn.idempotency_key, &origin.session) else { return Ok(None) };
         let Some(head) = &session.head.live else { return Ok(None) };
-        let after = head.turn.saturating_sub(REMEMBERED).max(head.first - 1);
-        let recent = self.archive.turns(&turn.tenant, &session.id, after, REMEMBERED as usize).await?;
-        let mut recent = recent.into_iter().flat_map(|listed| listed.data);
-        let Some(entry) = recent.rfind(|entry| entry.record.idempotency_key.as_ref() == Some(key)) else {
+        let Some(entry) = self.archive.keyed(&turn.tenant, &session.id, key, head.first).await? else {
             return Ok(None);
         };
         let record = &entry.record;
@@ -188,7 +189,7 @@ fn replayed(entry: Entry, session: &SessionId, model: &Model) -> Option<Running>
         id: record.state?,
         parent: record.parent,
         session_id: Some(session.clone()),
-        turn: entry.turn - entry.first + 1,
+        turn: entry.depth,
         tokens: record.tokens,
         bytes: record.bytes,
         expires_at: record.expires_at,
@@ -300,7 +301,15 @@ async fn forward(mut outputs: Outputs, keeper: &mut Keeper, events: &mpsc::Sende
                 let stored = match kept {
                     Some(kept) => {
                         let answer = texts.remove(&choice).unwrap_or_default();
-                        Some(keeper.keep(*kept, answer, finish, sampled).await)
+                        match keeper.keep(*kept, answer, finish, sampled).await {
+                            Ok(receipt) => Some(Ok(receipt)),
+                            Err(NotKept::Lost(error)) => Some(Err(error)),
+                            Err(NotKept::Conflict(error)) => {
+                                keeper.session = None;
+                                let _ = events.send(Event::Failed(error)).await;
+                                return;
+                            }
+                        }
                     }
                     None => None,
                 };

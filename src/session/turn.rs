@@ -32,7 +32,7 @@ pub struct Turn {
     /// Name of the configured initial state that a fresh sequence begins from.
     pub initial_state: Option<String>,
     pub idempotency_key: Option<String>,
-    /// What the client says of the stored state.
+    /// What the client says of the stored state, and of its session from now on.
     pub metadata: BTreeMap<String, String>,
 }
 
@@ -174,6 +174,16 @@ pub enum Error {
     InitialStateMismatch { session: SessionId, began_from: String },
     #[error("session `{0}` is running another turn; wait for it to end")]
     SessionBusy(SessionId),
+    /// The turn that it runs has the same `Idempotency-Key`: its answer can soon be had.
+    #[error("session `{0}` is running this very turn; ask again when it has ended")]
+    TurnRunning(SessionId),
+    #[error("there is a session `{0}` already; delete it first, or take another name")]
+    SessionExists(SessionId),
+    /// Another server committed a turn on the same head first.
+    #[error("another turn of session `{session}` was committed first, or it was deleted; {}", kept(.state))]
+    TurnConflict { session: SessionId, state: Option<StateId> },
+    #[error("{message}")]
+    QuotaExceeded { message: String },
     #[error("the head of session `{session}` is {head}, not what the turn was made conditional on")]
     SessionConflict { session: SessionId, head: String },
     /// The stored object is damaged.
@@ -197,4 +207,11 @@ pub enum Error {
     Store(String),
     #[error("the model failed: {0}")]
     Engine(String),
+}
+
+fn kept(state: &Option<StateId>) -> String {
+    match state {
+        Some(state) => format!("this one is kept as state {state}, without a session"),
+        None => "this one is not kept".into(),
+    }
 }

@@ -14,6 +14,8 @@ use crate::types::{SessionId, Snapshot, StateId, Tenant};
 pub struct Archive {
     pub(super) store: Arc<dyn Store>,
     storage: Storage,
+    /// Seconds: longer than any turn runs.
+    pub(super) grace_s: u64,
 }
 
 /// Which states to list.
@@ -25,6 +27,13 @@ pub struct Wanted {
     pub after: Option<StateId>,
     /// At most this many.
     pub limit: usize,
+}
+
+/// How much is stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stored {
+    pub states: u64,
+    pub bytes: u64,
 }
 
 /// One page, in ascending order, and whether more follows.
@@ -46,17 +55,26 @@ impl<T> Listed<T> {
 /// How much of a snapshot to read at first for its metadata: enough for a model of a hundred layers.
 const START: usize = 1 << 16;
 
+/// Six hours.
+const GRACE_S: u64 = 6 * 3600;
+
 /// How many objects a listing reads at once.
 pub(super) const AT_ONCE: usize = 16;
 
 impl Archive {
     pub fn new(store: Arc<dyn Store>) -> Self {
-        Self { store, storage: Storage::default() }
+        Self { store, storage: Storage::default(), grace_s: GRACE_S }
     }
 
     /// The same, but that states are written so from now on.
     pub fn storing(self, storage: Storage) -> Self {
         Self { storage, ..self }
+    }
+
+    /// How many seconds after a deletion its records go, and after how many a state that no record names is taken for
+    /// one that never will be: longer than any turn runs.
+    pub fn with_grace(self, grace_s: u64) -> Self {
+        Self { grace_s, ..self }
     }
 
     /// Stores a snapshot under its own id and owner and returns the bytes of its recurrent state. It is durable when
@@ -107,6 +125,17 @@ impl Archive {
     /// Removes a state and says whether there was one.
     pub async fn remove(&self, tenant: &Tenant, id: &StateId) -> Result<bool, Error> {
         self.store.delete(&state_key(tenant, id)).await
+    }
+
+    /// How many states a tenant has and how large their files are together. Looks at each of them.
+    pub async fn stored(&self, tenant: &Tenant) -> Result<Stored, Error> {
+        let folder = format!("t/{tenant}/states");
+        let names = self.store.children(&folder, None, usize::MAX).await?;
+        let keys = names.into_iter().map(|name| format!("{folder}/{name}"));
+        let sizes = stream::iter(keys).map(|key| async move { self.store.get_start(&key, 0).await });
+        let sizes = sizes.buffer_unordered(AT_ONCE).try_filter_map(async |start| Ok(start.map(|start| start.size)));
+        let add = |sum: Stored, size| async move { Ok(Stored { states: sum.states + 1, bytes: sum.bytes + size }) };
+        sizes.try_fold(Stored::default(), add).await
     }
 
     /// The states of a tenant by the time they were made. Expired ones are left out and removed; damaged ones are
@@ -165,7 +194,7 @@ impl Archive {
     }
 }
 
-fn state_key(tenant: &Tenant, id: &StateId) -> String {
+pub(super) fn state_key(tenant: &Tenant, id: &StateId) -> String {
     format!("t/{tenant}/states/{id}")
 }
 

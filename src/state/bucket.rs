@@ -30,7 +30,7 @@ pub struct Bucket {
 
 /// Where a bucket is. Credentials come from the environment, under the names that each cloud's tools have for them.
 #[derive(Clone, Debug, Default)]
-pub struct Place {
+pub struct BucketUrl {
     /// `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
     pub url: String,
     /// Address of a server that speaks S3's language; empty = AWS.
@@ -51,7 +51,7 @@ impl Bucket {
     ///
     /// # Errors
     /// [`Error::Open`] says what is wrong with the address, the credentials or the bucket.
-    pub async fn open(place: &Place) -> Result<Self, Error> {
+    pub async fn open(place: &BucketUrl) -> Result<Self, Error> {
         let failed = |cause: String| Error::Open { folder: place.url.clone(), cause };
         // Only the first call counts; the client cannot be built without one.
         let _ = rustls::crypto::ring::default_provider().install_default();

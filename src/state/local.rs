@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::UNIX_EPOCH;
 
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
@@ -159,6 +160,14 @@ impl Store for Local {
         }
         .boxed()
     }
+
+    fn tidy<'a>(&'a self, folder: &'a str, before: u64) -> BoxFuture<'a, Result<u64, Error>> {
+        async move {
+            let (_, path) = self.locate(folder)?;
+            self.with_folders(move |_| remove_staging(&path, before)).await.map_err(failed("tidy", folder))
+        }
+        .boxed()
+    }
 }
 
 /// Which folders below the root are known to be on disk, with all the folders above them.
@@ -233,6 +242,29 @@ fn names_in(folder: &Path, after: Option<&str>, limit: usize) -> io::Result<Vec<
     names.sort_unstable();
     names.truncate(limit);
     Ok(names)
+}
+
+/// Removes the staging files of puts that were cut off before `before`.
+fn remove_staging(folder: &Path, before: u64) -> io::Result<u64> {
+    let entries = match std::fs::read_dir(folder) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(0),
+        entries => entries?,
+    };
+    let mut removed = 0;
+    for entry in entries {
+        let entry = entry?;
+        if !entry.file_name().to_string_lossy().contains('#') {
+            continue;
+        }
+        // It may have become an object meanwhile.
+        let Ok(modified) = entry.metadata().and_then(|file| file.modified()) else { continue };
+        let modified = modified.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        if modified <= before && std::fs::remove_file(entry.path()).is_ok() {
+            tracing::warn!(file = %entry.path().display(), "removed what a write that was cut off had left");
+            removed += 1;
+        }
+    }
+    Ok(removed)
 }
 
 fn folder_of(path: &Path) -> PathBuf {

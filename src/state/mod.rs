@@ -3,6 +3,8 @@
 //! ```text
 //! t/{tenant}/states/{state id}               one immutable snapshot, a safetensors file     (codec)
 //! t/{tenant}/sessions/{session id}/{turn}    one turn record, twelve digits, JSON           (record)
+//! t/{tenant}/forks|evicted|keys/…            what neither can say of itself                 (marks)
+//! t/{tenant}/aside/{state id}                a damaged snapshot that is out of the way      (remnant)
 //! ```
 //!
 //! [`Store`] keeps bytes under keys, [`Archive`] gives keys and bytes their meaning. Everything is written once, by
@@ -13,23 +15,31 @@ mod archive;
 mod bucket;
 mod codec;
 mod fit;
+mod lineage;
 mod local;
+mod marks;
 mod memory;
 mod precision;
+mod reclaim;
 mod record;
+mod remnant;
 mod sessions;
 mod squeeze;
 mod store;
 mod tiered;
 
-pub use archive::{Archive, Listed, Wanted, is_state};
-pub use bucket::{Bucket, Place};
+pub use archive::{Archive, Listed, Stored, Wanted, is_state};
+pub use bucket::{Bucket, BucketUrl};
 pub use codec::{Damaged, FORMATS, Info, decode, decode_head, encode, encode_as, head_len};
 pub use fit::fits;
+pub use lineage::{At, Turn};
 pub use local::Local;
+pub use marks::Origin;
 pub use memory::InMemory;
 pub use precision::{Precision, Storage};
-pub use record::Entry;
+pub use reclaim::{Forking, Reclaimed};
+pub use record::{Back, Entry, Place};
+pub use remnant::Remnant;
 pub use sessions::{Commit, Head};
 pub use store::{Put, Start, Store};
 pub use tiered::{Bounded, Tiered};
@@ -52,6 +62,9 @@ pub enum Error {
     /// Something else is stored under a key that should have been new.
     #[error("{key} already holds something else")]
     Taken { key: String },
+    /// The session was deleted while it was forked.
+    #[error("session {session} was deleted")]
+    Gone { session: String },
     /// Not a key: see [`Store`].
     #[error("{0:?} is not a storage key")]
     Key(String),

@@ -31,6 +31,8 @@ const STATES_STORED: &str = "rewake_states_stored_total";
 const STATES_FAILED: &str = "rewake_states_failed_total";
 const STATE_STORE_DURATION: &str = "rewake_state_store_duration_seconds";
 const STATE_BYTES: &str = "rewake_state_stored_bytes_total";
+const STATES_REBUILT: &str = "rewake_states_rebuilt_total";
+const SWEPT: &str = "rewake_swept_total";
 const PREFIX_LOOKUPS: &str = "rewake_prefix_lookups_total";
 const PREFIX_TOKENS: &str = "rewake_prefix_tokens_total";
 const PREFIX_WAITS: &str = "rewake_prefix_waits_total";
@@ -92,6 +94,8 @@ fn describe() {
     describe_counter!(STATES_FAILED, Unit::Count, "States that could not be stored though their answer arrived.");
     describe_histogram!(STATE_STORE_DURATION, Unit::Seconds, "Time to make one state durable.");
     describe_counter!(STATE_BYTES, Unit::Bytes, "Bytes of states made durable.");
+    describe_counter!(STATES_REBUILT, Unit::Count, "Lost or evicted states rebuilt from the token log.");
+    describe_counter!(SWEPT, Unit::Count, "What the background sweep removed or set aside, by what it was.");
     describe_counter!(PREFIX_LOOKUPS, Unit::Count, "Texts looked up in the prefix cache by outcome: hit or miss.");
     describe_counter!(PREFIX_TOKENS, Unit::Count, "Tokens that the prefix cache saved reading.");
     describe_counter!(
@@ -165,6 +169,16 @@ pub fn state_stored(bytes: u64, took: Duration) {
 /// A state could not be kept.
 pub fn state_failed() {
     counter!(STATES_FAILED).increment(1);
+}
+
+/// A state was rebuilt from the token log.
+pub fn state_rebuilt() {
+    counter!(STATES_REBUILT).increment(1);
+}
+
+/// The sweep removed `count` objects; `what` is `expired`, `orphan`, `set_aside`, `torn` or `buried`.
+pub fn swept(what: &'static str, count: u64) {
+    counter!(SWEPT, "what" => what).increment(count);
 }
 
 /// A text was looked up in the prefix cache; `saved` tokens of it are not read again, and 0 is a miss.

@@ -97,6 +97,11 @@ impl StateId {
     pub fn new(millis: u64, randomness: u128) -> Self {
         Self(format!("st_{:012x}{randomness:032x}", millis & 0xffff_ffff_ffff))
     }
+
+    /// When it was made, in milliseconds since 1970.
+    pub fn millis(&self) -> u64 {
+        u64::from_str_radix(&self.0[3..15], 16).expect("twelve hexadecimal digits")
+    }
 }
 
 #[cfg(test)]
@@ -118,6 +123,7 @@ mod tests {
     fn state_ids_sort_by_time() {
         let (early, late) = (StateId::new(1_000, u128::MAX), StateId::new(1_001, 0));
         assert!(early < late);
+        assert_eq!((early.millis(), late.millis()), (1_000, 1_001));
         assert_eq!(StateId::parse(early.to_string()), Ok(early));
     }
 }

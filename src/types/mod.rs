@@ -12,4 +12,4 @@ pub use readable::readable;
 pub use sampling::Sampling;
 pub use snapshot::{Memory, Pending, SegmentData, Snapshot, SnapshotHead, TAIL};
 pub use step::{Row, Segment, Want};
-pub use turn::{Beginning, Finish, Message, Role, TurnRecord, TurnUsage};
+pub use turn::{Beginning, Finish, Message, Resume, Role, TurnRecord, TurnUsage};

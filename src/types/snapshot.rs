@@ -29,6 +29,9 @@ pub struct SnapshotHead {
     /// Revision of the arithmetic that computed it. Shown, never a reason to refuse.
     pub arithmetic: String,
     pub session: Option<SessionId>,
+    /// Number of the session's record that commits it. A snapshot whose record says something else was never announced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record: Option<u64>,
     /// Number of this turn in its session or chain, from 1.
     pub turn: u64,
     /// Unix seconds.

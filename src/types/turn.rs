@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::StateId;
+use super::{Memory, Pending, StateId};
 
 /// Who speaks. Chat templates give each its words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -53,9 +53,30 @@ pub struct Beginning {
     pub fingerprint: String,
 }
 
+/// What the ids of a sequence do not tell of the state after a turn: with both, a lost snapshot is rebuilt to the same bits.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resume {
+    #[serde(flatten)]
+    pub pending: Pending,
+    /// Occurrence counts of the response by ascending id. The values are bits of an `f32`: decimal digits may not bring
+    /// them back.
+    counts: Vec<(u32, u32)>,
+}
+
+impl Resume {
+    pub fn of(memory: &Memory) -> Self {
+        let counts = memory.counts.iter().map(|&(id, count)| (id, count.to_bits())).collect();
+        Self { pending: memory.pending.clone(), counts }
+    }
+
+    pub fn counts(&self) -> Vec<(u32, f32)> {
+        self.counts.iter().map(|&(id, bits)| (id, f32::from_bits(bits))).collect()
+    }
+}
+
 /// The durable record of one committed turn of a session. The records of a session, in order, are the truth about
 /// it; snapshots are their durable cache.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct TurnRecord {
     /// `None` marks the session as deleted at this turn.
     pub state: Option<StateId>,
@@ -81,6 +102,9 @@ pub struct TurnRecord {
     pub ids: Vec<u32>,
     /// How many of `ids` are the answer's.
     pub answer_ids: usize,
+    /// `None` = recorded by a version that did not say: the response cannot go on when its snapshot is lost, new text can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume: Option<Resume>,
     pub response_id: String,
     pub seed: u64,
     pub usage: TurnUsage,

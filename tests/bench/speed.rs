@@ -163,6 +163,7 @@ fn snapshot(number: u128, memory: Memory) -> Arc<Snapshot> {
         fingerprint: "none".into(),
         arithmetic: "none".into(),
         session: None,
+        record: None,
         turn: 1,
         created: 1_700_000_000,
         expires_at: None,

@@ -122,6 +122,7 @@ pub fn sound() -> Vec<u8> {
         fingerprint: "f".into(),
         arithmetic: "a".into(),
         session: None,
+        record: None,
         turn: 1,
         created: 1,
         expires_at: None,

@@ -38,13 +38,14 @@ fn refused(reply: &Reply, what: &str) {
 }
 
 /// The fields of both endpoints by what they hold.
-const FIELDS: [(&str, Kind); 27] = [
+const FIELDS: [(&str, Kind); 28] = [
     ("frequency_penalty", Kind::Number),
     ("initial_state", Kind::Text),
     ("logit_bias", Kind::Object),
     ("max_completion_tokens", Kind::Count),
     ("max_tokens", Kind::Count),
     ("messages", Kind::Messages),
+    ("metadata", Kind::Object),
     ("min_p", Kind::Number),
     ("model", Kind::Text),
     ("n", Kind::Count),

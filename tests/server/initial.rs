@@ -242,7 +242,8 @@ async fn conversation(client: &Client, session: &str, lost: Option<usize>) -> (V
         let body = if n == 0 { poet(body) } else { body.clone() };
         let reply = client.ok(path, with(body, json!({ "session_id": session }))).await;
         let cached = reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().expect("a count");
-        assert_eq!(cached == 0, n == 0 || lost == Some(n), "turn {n} of {session}");
+        // What follows a kept state is read again from there.
+        assert_eq!(cached == 0, n == 0 || (n, lost) == (1, Some(1)), "turn {n} of {session}");
         answers.push(reply.answer());
         last = reply.state_id();
     }
@@ -315,7 +316,7 @@ async fn a_session_whose_beginning_is_gone_is_not_made_up() {
         assert_eq!(client(config, &store).ok(COMPLETIONS, fork.clone()).await.answer(), expected);
     }
 
-    for head in [&heads[1], &heads[3]] {
+    for head in &heads {
         assert_eq!(before.delete(&format!("/v1/states/{head}")).await.status, 200);
     }
     for (config, session, why) in [

@@ -133,7 +133,7 @@ async fn an_address_that_is_none_is_told_at_once() {
         ("s3://bucket/a prefix", "", "prefix"),
         ("gs://bucket", "http://127.0.0.1:1", "endpoint"),
     ] {
-        let place = rewake::state::Place { url: url.into(), endpoint: endpoint.into() };
+        let place = rewake::state::BucketUrl { url: url.into(), endpoint: endpoint.into() };
         let Err(Error::Open { folder, cause }) = Bucket::open(&place).await else { panic!("{url} was opened") };
         assert!(folder == url && cause.contains(why), "{cause}");
     }

@@ -2,11 +2,23 @@
 
 use std::sync::Arc;
 
-use rewake::state::{Archive, Commit, Error, InMemory, Local, Store};
+use rewake::state::{Archive, At, Commit, Error, Forking, InMemory, Local, Store};
 use rewake::types::{SessionId, TurnRecord};
 
 use super::support::store::{Failing, Op, Recording};
 use super::{id, made_by, session, snapshot, tenant, turn};
+
+/// When every deletion of these tests is long ago.
+const LATER: u64 = 1_000_000;
+
+/// Begins `to` at a turn of `from`.
+async fn fork_at(archive: &Archive, from: &SessionId, number: u64, to: &SessionId) -> Commit {
+    let a = tenant("a");
+    let head = archive.head(&a, from).await.unwrap().live.unwrap();
+    let turn = archive.turn(&a, from, &head, &At::Number(number)).await.unwrap().unwrap();
+    let forking = Forking { from, head: &head, turn: &turn, to };
+    archive.fork(&a, forking, 150).await.unwrap()
+}
 
 fn in_memory() -> (Arc<InMemory>, Archive) {
     let store = Arc::new(InMemory::default());
@@ -107,8 +119,11 @@ async fn a_deleted_session_is_gone_with_its_states_and_its_name_can_begin_again(
     assert_eq!(archive.sessions(&a, None, 9).await.unwrap().data, []);
     let head = archive.head(&a, &s).await.unwrap();
     assert_eq!((head.next(), &head.live), (4, &None));
-    assert_eq!(store.children("t/a/sessions/s", None, 9).await.unwrap(), ["000000000003"], "only the tombstone stays");
     assert_eq!(archive.commit(&a, &s, &before, &turn(3)).await.unwrap(), Commit::Taken, "a turn that was running");
+    // The records stay as long as a turn may be running that began before.
+    assert_eq!(store.children("t/a/sessions/s", None, 9).await.unwrap().len(), 3);
+    archive.reclaim(&a, &s, LATER).await.unwrap();
+    assert_eq!(store.children("t/a/sessions/s", None, 9).await.unwrap(), ["000000000003"], "only the tombstone stays");
 
     assert_eq!(run(&archive, &s, &turn(7)).await, 4);
     assert_eq!(run(&archive, &s, &turn(8)).await, 5);
@@ -118,11 +133,12 @@ async fn a_deleted_session_is_gone_with_its_states_and_its_name_can_begin_again(
     assert_eq!(turns(&archive, &s, 0, 1).await, (vec![(4, 7)], true));
 
     // Sweeping again finds nothing of the new life.
-    archive.sweep(&a, &s).await.unwrap();
+    archive.reclaim(&a, &s, 200).await.unwrap();
     assert_eq!(states(&archive).await, [7, 8]);
     assert!(archive.delete(&a, &s, 300).await.unwrap());
     assert_eq!(states(&archive).await, [0; 0]);
-    assert_eq!(store.children("t/a/sessions/s", None, 9).await.unwrap(), ["000000000003", "000000000006"]);
+    archive.reclaim(&a, &s, LATER).await.unwrap();
+    assert_eq!(store.children("t/a/sessions/s", None, 9).await.unwrap(), ["000000000006"]);
 }
 
 #[tokio::test]
@@ -137,8 +153,7 @@ async fn the_tombstone_is_durable_before_anything_is_removed() {
         store.log().into_iter().filter(|op| matches!(op, Op::PutDone(..) | Op::Deleted(_))).collect();
     let keys: Vec<&str> = changes.iter().map(Op::key).collect();
     let state = format!("t/a/states/{}", id(1));
-    // A record goes after the state it names.
-    assert_eq!(keys, ["t/a/sessions/s/000000000002", &state, "t/a/sessions/s/000000000001"]);
+    assert_eq!(keys, ["t/a/sessions/s/000000000002", &state]);
 }
 
 #[tokio::test]
@@ -150,7 +165,7 @@ async fn an_interrupted_deletion_hides_and_can_be_finished() {
     run(&archive, &s, &turn(1)).await;
     assert!(archive.bury(&a, &s, 200).await.unwrap());
     store.fail(true);
-    assert!(archive.sweep(&a, &s).await.is_err());
+    assert!(archive.reclaim(&a, &s, 200).await.is_err());
     assert_eq!(archive.head(&a, &s).await.unwrap().live, None);
     assert_eq!(states(&archive).await, [1]);
     store.fail(false);
@@ -167,14 +182,19 @@ async fn states_that_others_need_outlive_the_session() {
     archive.commit(&a, &s, &archive.head(&a, &s).await.unwrap(), &turn(1)).await.unwrap();
     run(&archive, &s, &turn(2)).await;
     run(&archive, &s, &turn(3)).await;
-    // A fork names state 2 and goes on by itself; a rewind names state 2 again.
-    archive.commit(&a, &fork, &archive.head(&a, &fork).await.unwrap(), &turn(2)).await.unwrap();
+    // A fork at turn 2 goes on by itself; a rewind names state 2 again.
+    assert_eq!(fork_at(&archive, &s, 2, &fork).await, Commit::Committed);
     run(&archive, &fork, &turn(5)).await;
-    archive.commit(&a, &s, &archive.head(&a, &s).await.unwrap(), &turn(2)).await.unwrap();
+    let head = archive.head(&a, &s).await.unwrap();
+    let back = archive.turn(&a, &s, head.live.as_ref().unwrap(), &At::Number(2)).await.unwrap().unwrap();
+    assert_eq!(archive.commit_entry(&a, &s, &head.back(&back, 150)).await.unwrap(), Commit::Committed);
+    assert_eq!(turns(&archive, &s, 0, 9).await, (vec![(1, 1), (4, 2)], false));
 
-    assert!(archive.delete(&a, &s, 200).await.unwrap());
-    assert_eq!(states(&archive).await, [1, 2, 5]);
-    assert_eq!(turns(&archive, &fork, 0, 9).await, (vec![(1, 2), (2, 5)], false));
+    for now in [200, LATER] {
+        archive.delete(&a, &s, now).await.unwrap();
+        assert_eq!(states(&archive).await, [1, 2, 5]);
+        assert_eq!(turns(&archive, &fork, 0, 9).await, (vec![(1, 1), (1, 2), (2, 5)], false));
+    }
     assert!(archive.delete(&a, &fork, 200).await.unwrap());
     assert_eq!(states(&archive).await, [1], "the last session that named state 2 took it along");
 }
@@ -190,6 +210,7 @@ async fn a_damaged_session_can_be_deleted() {
     assert!(archive.delete(&a, &s, 200).await.unwrap());
     assert_eq!(archive.head(&a, &s).await.unwrap().next(), 4);
     assert_eq!(states(&archive).await, [0; 0]);
+    archive.reclaim(&a, &s, LATER).await.unwrap();
     assert_eq!(store.children("t/a/sessions/s", None, 9).await.unwrap(), ["000000000003"]);
 }
 

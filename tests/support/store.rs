@@ -122,23 +122,40 @@ macro_rules! forward {
     };
 }
 
-/// A disk that is full while [`Failing::fail`] says so: puts and deletes fail and change nothing.
+/// A disk that fails while [`Failing::fail`] says so. Full, or read-only: puts and deletes fail and change nothing.
 pub struct Failing<S> {
     inner: S,
-    full: AtomicBool,
+    broken: AtomicBool,
+    /// Whether reading fails too, as where a permission was lost.
+    unreadable: AtomicBool,
+    /// Only keys with this in them.
+    only: Mutex<String>,
 }
 
 impl<S> Failing<S> {
     pub fn new(inner: S) -> Self {
-        Self { inner, full: AtomicBool::new(true) }
+        let (broken, unreadable) = (AtomicBool::new(true), AtomicBool::new(false));
+        Self { inner, broken, unreadable, only: Mutex::default() }
     }
-    pub fn fail(&self, full: bool) {
-        self.full.store(full, Ordering::SeqCst);
+    pub fn fail(&self, broken: bool) {
+        self.broken.store(broken, Ordering::SeqCst);
+    }
+    pub fn unreadable(&self, unreadable: bool) {
+        self.unreadable.store(unreadable, Ordering::SeqCst);
+    }
+    pub fn only(&self, part: &str) {
+        *self.only.lock().unwrap() = part.into();
     }
     fn check(&self, doing: &'static str, key: &str) -> Result<(), Error> {
         const ENOSPC: i32 = 28;
-        let cause = std::io::Error::from_raw_os_error(ENOSPC).to_string();
-        if self.full.load(Ordering::SeqCst) { Err(Error::Store { doing, key: key.into(), cause }) } else { Ok(()) }
+        const EACCES: i32 = 13;
+        let broken = match doing {
+            "read" | "list" => self.unreadable.load(Ordering::SeqCst),
+            _ => self.broken.load(Ordering::SeqCst) && key.contains(&*self.only.lock().unwrap()),
+        };
+        let errno = if self.unreadable.load(Ordering::SeqCst) { EACCES } else { ENOSPC };
+        let cause = std::io::Error::from_raw_os_error(errno).to_string();
+        if broken { Err(Error::Store { doing, key: key.into(), cause }) } else { Ok(()) }
     }
 }
 
@@ -150,6 +167,20 @@ impl<S: Store> Store for Failing<S> {
         }
         .boxed()
     }
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Bytes>, Error>> {
+        async move {
+            self.check("read", key)?;
+            self.inner.get(key).await
+        }
+        .boxed()
+    }
+    fn get_start<'a>(&'a self, key: &'a str, len: usize) -> BoxFuture<'a, Result<Option<Start>, Error>> {
+        async move {
+            self.check("read", key)?;
+            self.inner.get_start(key, len).await
+        }
+        .boxed()
+    }
     fn delete<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<bool, Error>> {
         async move {
             self.check("delete", key)?;
@@ -157,7 +188,18 @@ impl<S: Store> Store for Failing<S> {
         }
         .boxed()
     }
-    forward!(get, get_start, children);
+    fn children<'a>(
+        &'a self,
+        folder: &'a str,
+        after: Option<&'a str>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<String>, Error>> {
+        async move {
+            self.check("list", folder)?;
+            self.inner.children(folder, after, limit).await
+        }
+        .boxed()
+    }
 }
 
 /// A store without atomic writes that dies in the middle of each: half the object stays under its name.

@@ -23,7 +23,7 @@ use crate::types::{Finish, Role};
 /// Not supported yet, and refused unless neutral: `logprobs`, `top_logprobs`, `tools`, `tool_choice`, `functions`,
 /// `function_call`, `response_format` (other than text), `modalities` (other than text), `audio`, `prediction`,
 /// `reasoning_effort`, `verbosity`, `web_search_options`, and a last message of the assistant. Accepted without effect:
-/// `user`, `metadata`, `safety_identifier`, `service_tier`, `store`, `prompt_cache_key`, `prompt_cache_retention`.
+/// `user`, `safety_identifier`, `service_tier`, `store`, `prompt_cache_key`, `prompt_cache_retention`.
 /// Unknown fields are accepted and listed in the header `x-ignored-params`.
 #[derive(Clone, Debug, ToSchema)]
 pub struct ChatRequest {

@@ -77,6 +77,9 @@ pub struct Generation {
     /// Begin from this configured initial state (a state-tuned file; `GET /v1/models/{id}` lists them) instead of the model's
     /// own. Only for what begins here: with `state_id` or a session that exists it is refused.
     pub initial_state: Option<String>,
+    /// What is to be known of the stored state, and of the session from now on: up to 16 pairs of texts. Without a state to
+    /// be stored it has no effect.
+    pub metadata: Option<BTreeMap<String, String>>,
 }
 
 /// Options of a stream; refused without `stream: true`.
@@ -165,12 +168,17 @@ impl FromRequestParts<Arc<App>> for Head {
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Error> {
         Ok(Self {
             caller: Caller::from_request_parts(parts, app).await?,
-            if_match: text_header(&parts.headers, header::IF_MATCH.as_str())?,
+            if_match: if_match(&parts.headers)?,
             idempotency_key: text_header(&parts.headers, "idempotency-key")?,
             id: clock::random_u128(),
             seed: clock::random_u64(),
         })
     }
+}
+
+/// The condition of a request on a session's head, still as it was sent.
+pub fn if_match(headers: &HeaderMap) -> Result<Option<String>, Error> {
+    text_header(headers, header::IF_MATCH.as_str())
 }
 
 fn text_header(headers: &HeaderMap, name: &str) -> Result<Option<String>, Error> {
@@ -249,6 +257,7 @@ impl Generation {
             sampling: self.sampling(rules.card, head.seed)?,
             stop: self.stop(limits)?,
             ttl_s: self.ttl(store)?,
+            metadata: self.metadata()?,
             initial_state: self.initial_state,
             tenant: head.caller.tenant,
             model: self.model,
@@ -259,7 +268,6 @@ impl Generation {
             store,
             // Elsewhere a repeated request is simply answered again.
             idempotency_key: head.idempotency_key.filter(|_| in_session),
-            metadata: BTreeMap::new(),
         };
         Ok(Order { turn, stream, ignored })
     }
@@ -320,6 +328,18 @@ impl Generation {
             Some(_) if !store => Err(Error::invalid("state_ttl_s", "`state_ttl_s` needs `store_state: true`")),
             seconds => ttl("state_ttl_s", seconds),
         }
+    }
+
+    /// The metadata, within OpenAI's limits.
+    fn metadata(&self) -> Result<BTreeMap<String, String>, Error> {
+        let pairs = self.metadata.clone().unwrap_or_default();
+        let fits =
+            |(key, value): (&String, &String)| (1..=64).contains(&key.chars().count()) && value.chars().count() <= 512;
+        if pairs.len() > 16 || !pairs.iter().all(fits) {
+            let rule = "`metadata` may have 16 pairs; a key has 1 to 64 characters, its value at most 512";
+            return Err(Error::invalid("metadata", rule));
+        }
+        Ok(pairs)
     }
 
     fn stop(&self, limits: &ApiLimits) -> Result<Vec<String>, Error> {
@@ -431,7 +451,7 @@ fn logit_bias(bias: &BTreeMap<String, f64>, vocabulary: usize) -> Result<Vec<(u3
 }
 
 /// The state id in `If-Match: "st_…"`.
-fn entity_tag(tag: &str) -> Result<StateId, Error> {
+pub fn entity_tag(tag: &str) -> Result<StateId, Error> {
     let quoted = tag.trim().strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
     quoted
         .and_then(|id| StateId::parse(id).ok())

@@ -12,7 +12,7 @@ pub mod reply;
 mod stream_tests;
 
 pub use completions::Prompts;
-pub use generation::{Generation, Head, Rules, ttl};
+pub use generation::{Generation, Head, Rules, entity_tag, if_match, ttl};
 pub use message::ChatMessage;
 pub use parameters::{IGNORED_PARAMS, fields_of, ignored_header, refuse_unknown, sort_out};
 pub use reply::STATE_ID;

@@ -18,8 +18,8 @@ pub const IGNORED_PARAMS: &str = "x-ignored-params";
 const LONGEST_HEADER: usize = 1024;
 
 /// Metadata: no value of it changes an answer.
-const HARMLESS: [&str; 7] =
-    ["user", "metadata", "safety_identifier", "service_tier", "store", "prompt_cache_key", "prompt_cache_retention"];
+const HARMLESS: [&str; 6] =
+    ["user", "safety_identifier", "service_tier", "store", "prompt_cache_key", "prompt_cache_retention"];
 
 /// Whether a value changes nothing, though it is not [`neutral`].
 type Accepts = fn(&Value) -> bool;
