@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
-use rewake::engine::{Event, Handle, Job, Kept};
+use rewake::engine::{Event, Handle, Job, Kept, Pause, Replay};
 use rewake::scheduler::Limits;
 use rewake::text::{self, Trim};
 use rewake::types::{Finish, Memory, Sampling, Tenant};
@@ -38,6 +38,8 @@ fn job(prompt: &str) -> Job {
         trim: Trim::default(),
         max_tokens: 40,
         keep: false,
+        pause: Pause::default(),
+        replay: Replay::default(),
     }
 }
 
@@ -59,7 +61,7 @@ fn collect(mut events: UnboundedReceiver<Event>, choices: usize) -> Result<Vec<(
     let mut answers: Vec<_> = (0..choices).map(|_| None).collect();
     while let Some(event) = events.blocking_recv() {
         match event {
-            Event::Text { choice, text } => {
+            Event::Text { choice, text, .. } => {
                 assert!(!text.is_empty() && answers[choice].is_none());
                 texts[choice].push_str(&text);
             }
@@ -195,6 +197,80 @@ proptest! {
         let (a, b) = (after_turn.expect("kept").memory, after_one_shot.expect("kept").memory);
         prop_assert_eq!(a, b);
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn a_job_that_is_parked_anywhere_gives_the_same(
+        prompts in proptest::collection::vec("[ab]{1,60}", 1..12), seed: u64, choices in 1usize..4, keep: bool,
+        stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé"], 0..3),
+        pauses in proptest::collection::vec((0usize..12, 0usize..30), 0..40),
+    ) {
+        let engine = engine(toy());
+        let jobs: Vec<Job> = prompts.iter().enumerate().map(|(n, prompt)| {
+            let mut job = Job { choices, keep, stop: stops.clone(), trim: Trim { start: false, end: true }, ..job(prompt) };
+            job.sampling.seed = seed.wrapping_add(n as u64);
+            job
+        }).collect();
+        let alone: Vec<_> = jobs.iter().map(|job| collect(submit(&engine, job.clone()), choices).expect("an answer")).collect();
+        let running: Vec<_> = jobs.into_iter().map(|job| {
+            let job = Job { pause: Pause::default(), ..job };
+            (job.pause.clone(), submit(&engine, job))
+        }).collect();
+        // Each is parked and let go on at whatever moment the engine is in.
+        for (which, spin) in pauses {
+            let pause = &running[which % running.len()].0;
+            pause.set(!pause.is_set());
+            engine.look();
+            (0..spin * 50).for_each(|_| std::hint::spin_loop());
+        }
+        running.iter().for_each(|(pause, _)| { pause.set(false); });
+        engine.look();
+        let texts = |answers: Vec<(Answer, Option<Kept>)>| -> Vec<_> {
+            answers.into_iter().map(|(a, k)| (a, k.map(|k| (k.ids, k.memory)))).collect()
+        };
+        for ((_, events), alone) in running.into_iter().zip(alone) {
+            prop_assert_eq!(texts(collect(events, choices).expect("an answer")), texts(alone));
+        }
+    }
+
+    #[test]
+    fn a_response_begun_elsewhere_goes_on_without_sampling_again(
+        prompt in "[ab]{1,40}", seed: u64, max in 1u64..40, cut in 0usize..40, keep: bool, trim: bool,
+        stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé"], 0..3),
+    ) {
+        let engine = engine(toy());
+        let mut whole = Job { max_tokens: max, keep, stop: stops, trim: Trim { start: trim, end: trim }, ..job(&prompt) };
+        whole.sampling.seed = seed;
+        let events = every(submit(&engine, whole.clone()));
+        let cut = cut % events.len();
+        let mut replay = Replay::default();
+        for event in &events[..cut] {
+            if let Event::Text { ids, .. } = event {
+                replay.ids.extend(ids);
+                replay.events += 1;
+            }
+        }
+        // Another seed would show in any token that is sampled again. What follows is sampled with the right one.
+        let rest = every(submit(&engine, Job { replay: replay.clone(), ..whole.clone() }));
+        prop_assert_eq!(format!("{rest:?}"), format!("{:?}", &events[cut..]));
+        let mut other = Job { replay, ..whole };
+        other.sampling.seed = !seed;
+        other.sampling.temperature = 2.0;
+        other.max_tokens = other.replay.ids.len().max(1) as u64;
+        let sampled = other.replay.ids.clone();
+        if let Some(Event::Done { kept: Some(kept), .. }) = every(submit(&engine, other)).last() {
+            let answer = &kept.ids[prompt.len()..];
+            let all: Vec<u32> = answer.iter().chain(&kept.memory.pending.goes_on).copied().collect();
+            prop_assert!(sampled.is_empty() || all.starts_with(&sampled[..answer.len().min(sampled.len())]));
+        }
+    }
+}
+
+fn every(mut events: UnboundedReceiver<Event>) -> Vec<Event> {
+    std::iter::from_fn(|| events.blocking_recv()).collect()
 }
 
 #[test]

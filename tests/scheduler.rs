@@ -18,6 +18,9 @@ enum Op {
     /// Of the jobs there are, the one at this place.
     Cancel(prop::sample::Index),
     EndChoice(prop::sample::Index, usize),
+    Park(prop::sample::Index),
+    /// Of the parked jobs, the one at this place.
+    Unpark(prop::sample::Index),
     Step,
 }
 
@@ -42,6 +45,9 @@ struct Known {
     moved: Vec<bool>,
     /// Empty = not admitted.
     seats: Vec<Seat>,
+    parked: bool,
+    /// It was parked once, and waits or waited for seats again.
+    again: bool,
     /// Steps since it was admitted or since its tenant last read something.
     hungry: usize,
 }
@@ -51,8 +57,18 @@ impl Known {
     fn holds(&self) -> BTreeSet<Seat> {
         let alive = |choice: &usize| self.lives[*choice].is_some();
         let own = (0..self.seats.len()).filter(alive).map(|choice| self.seats[choice]);
-        let shared = (0..self.seats.len()).filter(alive).filter(|&choice| !self.moved[choice]).map(|_| self.seats[0]);
+        let shared = (0..self.seats.len()).filter(alive).filter(|&choice| !self.moved[choice]).map(|_| self.prompt_seat());
         own.chain(shared).collect()
+    }
+
+    /// Where the prompt is read.
+    fn prompt_seat(&self) -> Seat {
+        self.seats[0]
+    }
+
+    /// How many seats it takes to go on.
+    fn needs(&self) -> usize {
+        self.lives.iter().flatten().count()
     }
 
     fn unread(&self) -> usize {
@@ -83,6 +99,8 @@ impl World {
             Op::Submit { tenant, tokens, lives } => self.submit(*tenant, *tokens, lives),
             Op::Cancel(index) => self.cancel(index),
             Op::EndChoice(index, choice) => self.end_choice(index, *choice),
+            Op::Park(index) => self.park(index),
+            Op::Unpark(index) => self.unpark(index),
             Op::Step => return Some(self.step()),
         }
         None
@@ -94,7 +112,7 @@ impl World {
         let result = self.scheduler.submit(id, Need { tenant: tenant(owner), tokens, seats });
         if seats > self.limits.seats {
             assert_eq!(result, Err(Error::TooLarge { needs: seats, seats: self.limits.seats }));
-        } else if self.queues.iter().map(VecDeque::len).sum::<usize>() == self.limits.queue {
+        } else if self.queues.iter().flatten().filter(|id| !self.jobs[id].again).count() == self.limits.queue {
             assert_eq!(result, Err(Error::Full(self.limits.queue)));
         } else {
             assert_eq!(result, Ok(()));
@@ -104,8 +122,9 @@ impl World {
             self.queues[owner].push_back(id);
             let lives: Vec<_> = lives.iter().map(|life| Some(life.iter().copied().collect())).collect();
             let (waiting, moved) = (vec![0; seats], vec![false; seats]);
-            self.jobs
-                .insert(id, Known { tenant: owner, tokens, read: 0, lives, waiting, moved, seats: vec![], hungry: 0 });
+            let (read, hungry, parked, again, seats) = (0, 0, false, false, Vec::new());
+            let known = Known { tenant: owner, tokens, read, lives, waiting, moved, seats, parked, again, hungry };
+            self.jobs.insert(id, known);
         }
         self.compare();
     }
@@ -119,6 +138,38 @@ impl World {
         self.scheduler.cancel(id);
         self.forget(id);
         self.compare();
+    }
+
+    fn park(&mut self, index: &prop::sample::Index) {
+        let Some(id) = self.pick(index) else { return };
+        self.scheduler.park(id);
+        self.queues.iter_mut().for_each(|queue| queue.retain(|waiting| *waiting != id));
+        let job = self.jobs.get_mut(&id).unwrap();
+        (job.parked, job.seats) = (true, Vec::new());
+        self.compare();
+    }
+
+    fn unpark(&mut self, index: &prop::sample::Index) {
+        let parked = self.parked();
+        if !parked.is_empty() {
+            self.go_on(parked[index.index(parked.len())]);
+        }
+        self.compare();
+    }
+
+    fn parked(&self) -> Vec<JobId> {
+        self.jobs.iter().filter(|(_, job)| job.parked).map(|(&id, _)| id).collect()
+    }
+
+    fn go_on(&mut self, id: JobId) {
+        let job = self.jobs.get_mut(&id).unwrap();
+        (job.parked, job.again) = (false, true);
+        let owner = job.tenant;
+        if self.queues[owner].is_empty() {
+            self.overtaken[owner] = [0; 4];
+        }
+        self.queues[owner].push_back(id);
+        self.scheduler.unpark(id, tenant(owner));
     }
 
     fn end_choice(&mut self, index: &prop::sample::Index, choice: usize) {
@@ -151,8 +202,9 @@ impl World {
         let held: usize = self.jobs.values().map(|job| job.holds().len()).sum();
         assert_eq!(self.scheduler.free_seats(), self.limits.seats - held);
         assert_eq!(self.scheduler.waiting(), self.queues.iter().map(VecDeque::len).sum::<usize>());
-        assert_eq!(self.scheduler.running(), self.jobs.len() - self.scheduler.waiting());
-        assert_eq!(self.scheduler.idle(), self.jobs.is_empty());
+        let parked = self.jobs.values().filter(|job| job.parked).count();
+        assert_eq!(self.scheduler.running(), self.jobs.len() - parked - self.scheduler.waiting());
+        assert_eq!(self.scheduler.idle(), self.jobs.len() == parked);
     }
 
     fn step(&mut self) -> Plan {
@@ -160,7 +212,7 @@ impl World {
         let plan = self.scheduler.plan();
         assert_eq!(
             plan.spans.is_empty(),
-            self.jobs.is_empty(),
+            self.jobs.values().all(|job| job.parked),
             "a step does something exactly if there is something to do"
         );
         self.seat(&plan, free);
@@ -178,9 +230,14 @@ impl World {
             assert!(seats.iter().all(|seat| !held.contains(seat) && (seat.0 as usize) < self.limits.seats));
             assert_eq!(seats.iter().collect::<BTreeSet<_>>().len(), seats.len());
             let job = self.jobs.get_mut(id).unwrap();
-            assert_eq!(seats.len(), job.lives.len());
+            assert_eq!(seats.len(), job.needs());
             free -= seats.len();
-            job.seats.clone_from(seats);
+            let mut given = seats.iter();
+            // A choice that is done has none; which seat stands for it does not matter.
+            let seat = |life: &Option<_>| life.as_ref().map_or(seats[0], |_| *given.next().unwrap());
+            job.seats = job.lives.iter().map(seat).collect();
+            // The prompt is read in the first seat; once it is read, each choice is in its own.
+            job.moved = vec![job.read == job.tokens; job.lives.len()];
             let owner = job.tenant;
             assert_eq!(self.queues[owner].pop_front(), Some(*id), "first come, first served within a tenant");
             self.overtaken[owner] = [0; 4];
@@ -189,7 +246,7 @@ impl World {
                 assert!(self.overtaken[other][owner] <= 1, "one turn each, whatever the heads need");
             }
         }
-        let heads = self.queues.iter().filter_map(VecDeque::front).map(|id| self.jobs[id].lives.len());
+        let heads = self.queues.iter().filter_map(VecDeque::front).map(|id| self.jobs[id].needs());
         assert!(heads.max().is_none_or(|needs| needs > free), "somebody is kept waiting though everybody fits");
     }
 
@@ -197,14 +254,14 @@ impl World {
     fn decode(&mut self, plan: &Plan) {
         let decoded: Vec<_> = plan.spans.iter().take_while(|span| span.choice.is_some()).collect();
         let mut expected = Vec::new();
-        for (&id, job) in &self.jobs {
+        for (&id, job) in self.jobs.iter().filter(|(_, job)| !job.seats.is_empty()) {
             expected
                 .extend((0..job.waiting.len()).filter(|&choice| job.waiting[choice] > 0).map(|choice| (id, choice)));
         }
         assert_eq!(decoded.iter().map(|span| (span.job, span.choice.unwrap())).collect::<Vec<_>>(), expected);
         for span in decoded {
             let (job, choice) = (self.jobs.get_mut(&span.job).unwrap(), span.choice.unwrap());
-            let from = if job.moved[choice] { job.seats[choice] } else { job.seats[0] };
+            let from = if job.moved[choice] { job.seats[choice] } else { job.prompt_seat() };
             assert_eq!((span.from, span.seat), (from, job.seats[choice]));
             assert_eq!((span.tokens.clone(), span.last), (0..job.waiting[choice], true));
             job.moved[choice] = true;
@@ -222,7 +279,7 @@ impl World {
         for span in &plan.spans[decoding..] {
             assert_eq!(span.choice, None, "prompts come after all that decodes");
             let job = self.jobs.get_mut(&span.job).unwrap();
-            assert_eq!((span.from, span.seat), (job.seats[0], job.seats[0]));
+            assert_eq!((span.from, span.seat), (job.prompt_seat(), job.prompt_seat()));
             assert_eq!(span.tokens.start, job.read);
             assert!(!span.tokens.is_empty() && span.tokens.end <= job.tokens);
             assert_eq!(span.last, span.tokens.end == job.tokens);
@@ -269,6 +326,7 @@ impl World {
             let lives: usize = job.lives.iter().flatten().map(life).sum();
             job.tokens - job.read + job.waiting.iter().sum::<usize>() + lives
         };
+        self.parked().into_iter().for_each(|id| self.go_on(id));
         let mut steps: usize = self.jobs.values().map(left).sum();
         while !self.scheduler.idle() {
             assert!(steps > 0, "everyone finishes");
@@ -296,6 +354,8 @@ fn op() -> impl Strategy<Value = Op> {
         6 => submit.prop_map(|(tenant, tokens, lives)| Op::Submit { tenant, tokens, lives }),
         1 => any::<prop::sample::Index>().prop_map(Op::Cancel),
         1 => (any::<prop::sample::Index>(), 0..8usize).prop_map(|(job, choice)| Op::EndChoice(job, choice)),
+        1 => any::<prop::sample::Index>().prop_map(Op::Park),
+        2 => any::<prop::sample::Index>().prop_map(Op::Unpark),
         8 => Just(Op::Step),
     ]
 }

@@ -35,6 +35,10 @@ pub struct Response {
     recent: Vec<u32>,
     /// The end token that ended it.
     ended_by: Option<u32>,
+    /// What an earlier process sampled: taken instead of sampling.
+    forced: Vec<u32>,
+    /// How many of its tokens, an end token included, were told of beside text.
+    reported: usize,
 }
 
 /// What one more token means.
@@ -70,6 +74,7 @@ impl Response {
         let mut output = Output::new(&job.stop, trim);
         // By the same rules as before it is held back again; with other stop strings it may be free now.
         let primed = output.push(&unseen).text;
+        let reported = tokens.len();
         Self {
             sampling: job.sampling.clone(),
             stop_tokens: job.stop_tokens.clone(),
@@ -86,6 +91,8 @@ impl Response {
             counts: if job.goes_on { Counts::import(&memory.counts) } else { Counts::new() },
             recent,
             ended_by: None,
+            forced: job.replay.ids.clone(),
+            reported,
         }
     }
 
@@ -114,8 +121,24 @@ impl Response {
         (self.tokens.len() - self.replayed) as u64 + u64::from(self.ended_by.is_some())
     }
 
+    /// The tokens sampled since this was last asked, an end token included.
+    pub fn take_unreported(&mut self) -> Vec<u32> {
+        let from = std::mem::replace(&mut self.reported, self.tokens.len() + usize::from(self.ended_by.is_some()));
+        let mut ids = self.tokens.get(from..).unwrap_or_default().to_vec();
+        ids.extend(self.ended_by.filter(|_| from <= self.tokens.len()));
+        ids
+    }
+
+    /// All tokens it has are known to whoever listens.
+    pub fn mark_reported(&mut self) {
+        self.reported = self.tokens.len();
+    }
+
     /// Chooses the next token.
     pub fn sample(&self, logits: &mut [f32]) -> Result<u32, sample::Error> {
+        if let Some(&id) = self.forced.get(self.tokens.len() - self.replayed) {
+            return Ok(id);
+        }
         let tail = &self.recent[self.recent.len() - self.recent.len().min(TAIL)..];
         let coin = coin(self.sampling.seed, self.choice, self.start + self.tokens.len() as u64);
         sample::sample(logits, &self.sampling, &self.counts, tail, coin)

@@ -10,8 +10,9 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::park::Parked;
 use super::response::Response;
-use super::{Backend, Event, Gauges, Job, Kept, Permit, Submission};
+use super::{Backend, Event, Gauges, Job, Kept, Letter, Permit, Submission, replay};
 use crate::sample;
 use crate::scheduler::{JobId, Limits, Need, Next, Plan, Scheduler, Seat, Span};
 use crate::telemetry::{clock, metrics};
@@ -21,11 +22,11 @@ use crate::types::{Finish, Memory, Row, SeqId, SlotId, Want};
 /// Everything the engine thread owns.
 pub(super) struct Engine {
     name: String,
-    backend: Box<dyn Backend>,
+    pub(super) backend: Box<dyn Backend>,
     text: Arc<dyn Tokenizer>,
-    scheduler: Scheduler,
+    pub(super) scheduler: Scheduler,
     seats: usize,
-    jobs: BTreeMap<JobId, Live>,
+    pub(super) jobs: BTreeMap<JobId, Live>,
     next_job: u64,
     gauges: Arc<Gauges>,
     /// Of the step under way; kept so that no step allocates them.
@@ -33,24 +34,30 @@ pub(super) struct Engine {
     logits: Vec<f32>,
 }
 
-/// A job in the engine, waiting or running.
-struct Live {
-    job: Job,
+/// A job in the engine, waiting, running or parked.
+pub(super) struct Live {
+    pub job: Job,
     events: UnboundedSender<Event>,
     permit: Permit,
     since: Instant,
-    seats: Vec<Seat>,
+    pub seats: Vec<Seat>,
+    /// How many of the job's ids are replayed ones of the response.
+    replayed: usize,
     /// Where the prompt is read.
-    prompt: Place,
+    pub prompt: Place,
     /// What every choice begins as.
     response: Response,
     /// Once the prompt is read; `None` = done.
-    choices: Vec<Option<Choice>>,
+    pub choices: Vec<Option<Choice>>,
+    /// Its states while it is parked.
+    pub parked: Option<Parked>,
+    /// The same while it waits for seats to go on.
+    pub resting: Option<Parked>,
 }
 
-struct Choice {
+pub(super) struct Choice {
     response: Response,
-    place: Place,
+    pub place: Place,
 }
 
 /// A choice whose next token is to be chosen.
@@ -75,15 +82,15 @@ impl<'a> Draw<'a> {
 
 /// Where a sequence's state is.
 #[derive(Clone, Copy, Debug)]
-struct Place {
-    current: SlotId,
+pub(super) struct Place {
+    pub current: SlotId,
     /// How many tokens of the response `current` has read.
-    fed: usize,
+    pub fed: usize,
     /// An earlier state and how many tokens it has read: kept while text after it is held back, because a stop string
     /// may yet take that text out of the response, and a recurrent state cannot unread.
-    anchor: Option<(SlotId, usize)>,
+    pub anchor: Option<(SlotId, usize)>,
     /// Other choices begin from `current` in the next step: it must not be written over in it.
-    shared: bool,
+    pub shared: bool,
 }
 
 impl Place {
@@ -123,9 +130,10 @@ impl Engine {
     }
 
     /// Runs until the handle is dropped.
-    pub fn run(mut self, arrivals: &Receiver<Submission>) {
+    pub fn run(mut self, arrivals: &Receiver<Letter>) {
         while self.receive(arrivals) {
             self.drop_deserted();
+            self.heed_pauses();
             metrics::occupancy(
                 &self.name,
                 self.scheduler.waiting(),
@@ -143,31 +151,35 @@ impl Engine {
     }
 
     /// Takes in what has arrived, and waits for it when there is nothing else to do. False when nobody can send any more.
-    fn receive(&mut self, arrivals: &Receiver<Submission>) -> bool {
+    fn receive(&mut self, arrivals: &Receiver<Letter>) -> bool {
         if self.scheduler.idle() {
             metrics::occupancy(&self.name, 0, 0, self.seats);
             match arrivals.recv() {
-                Ok(submission) => self.take(submission),
+                Ok(letter) => self.open(letter),
                 Err(_) => return false,
             }
         }
         loop {
             match arrivals.try_recv() {
-                Ok(submission) => self.take(submission),
+                Ok(letter) => self.open(letter),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
         }
     }
 
-    fn take(&mut self, Submission { job, events, permit }: Submission) {
+    fn open(&mut self, letter: Letter) {
+        if let Letter::Job(submission) = letter {
+            self.take(*submission);
+        }
+    }
+
+    fn take(&mut self, Submission { mut job, events, permit }: Submission) {
         let id = JobId(self.next_job);
         self.next_job += 1;
         let mut response = Response::new(&job, &*self.text);
         let primed = response.take_primed();
-        if !primed.is_empty() {
-            send(&events, Event::Text { choice: 0, text: primed });
-        }
+        tell(&events, &mut job, Event::Text { choice: 0, text: primed, ids: Vec::new() });
         if response.over() {
             let kept = job
                 .memory
@@ -177,6 +189,7 @@ impl Engine {
             drop(permit);
             return send(&events, Event::Done { choice: 0, finish: Finish::Stop, sampled: 0, kept });
         }
+        let replayed = replay::begin(&mut job, &mut response, &*self.text);
         let need = Need { tenant: job.tenant.clone(), tokens: job.ids.len(), seats: job.choices };
         if let Err(refused) = self.scheduler.submit(id, need) {
             drop(permit);
@@ -184,7 +197,9 @@ impl Engine {
         }
         let prompt = Place { current: SlotId(0), fed: 0, anchor: None, shared: false };
         let since = clock::now();
-        let live = Live { job, events, permit, since, seats: Vec::new(), prompt, response, choices: Vec::new() };
+        let (seats, choices, parked, resting) = (Vec::new(), Vec::new(), None, None);
+        let live =
+            Live { job, events, permit, since, seats, replayed, prompt, response, choices, parked, resting };
         self.jobs.insert(id, live);
     }
 
@@ -271,6 +286,9 @@ impl Engine {
     /// Gives a job its seats and puts its state there.
     fn seat(&mut self, id: JobId, seats: &[Seat]) -> Result<(), String> {
         let Some(live) = self.jobs.get_mut(&id) else { return Ok(()) };
+        if let Some(parked) = live.resting.take().filter(|parked| !parked.is_fresh()) {
+            return self.sit_again(id, seats, parked);
+        }
         let slot = seats[0].slots()[0];
         live.seats = seats.to_vec();
         // Text of what is read now is still held back: the state before it must stay until that is decided.
@@ -343,7 +361,8 @@ impl Engine {
             Err(why) => return self.fail(id, &why.to_string()),
         };
         if !accepted.text.is_empty() {
-            send(&live.events, Event::Text { choice: index, text: accepted.text });
+            let ids = choice.response.take_unreported();
+            tell(&live.events, &mut live.job, Event::Text { choice: index, text: accepted.text, ids });
         }
         if let Some(finish) = accepted.finish {
             return self.finish(id, index, finish);
@@ -374,15 +393,14 @@ impl Engine {
         // What is held back at the token limit goes out now, or, when the response may go on, with what follows it.
         if finish == Finish::Length && !live.job.keep {
             let text = response.flush();
-            if !text.is_empty() {
-                send(&live.events, Event::Text { choice: index, text });
-            }
+            let ids = if text.is_empty() { Vec::new() } else { response.take_unreported() };
+            tell(&live.events, &mut live.job, Event::Text { choice: index, text, ids });
             // A complete stop string had waited for a longer one that begins earlier.
             if response.over() {
                 finish = Finish::Stop;
             }
         }
-        let kept = live.job.keep.then(|| Box::new(keep(&live.job, &response, place, &*self.backend, &*self.text)));
+        let kept = live.job.keep.then(|| Box::new(keep(live, &response, place, &*self.backend, &*self.text)));
         let done = Event::Done { choice: index, finish, sampled: response.sampled(), kept };
         if live.choices.iter().any(Option::is_some) {
             return send(&live.events, done);
@@ -404,14 +422,15 @@ impl Engine {
 }
 
 /// The sequence as it is to be kept: a state that has read nothing the client did not receive, and what follows it.
-fn keep(job: &Job, response: &Response, place: Place, backend: &dyn Backend, text: &dyn Tokenizer) -> Kept {
+fn keep(live: &Live, response: &Response, place: Place, backend: &dyn Backend, text: &dyn Tokenizer) -> Kept {
+    let job = &live.job;
     let (slot, fed) = if place.fed <= response.delivered_tokens() {
         (place.current, place.fed)
     } else {
         place.anchor.expect("a state that has read text which is held back has an anchor before it")
     };
     let pending = response.pending(fed, text);
-    let mut ids = if job.goes_on { Vec::new() } else { job.ids.clone() };
+    let mut ids = if job.goes_on { Vec::new() } else { job.ids[..job.ids.len() - live.replayed].to_vec() };
     ids.extend_from_slice(response.fed(fed));
     ids.extend_from_slice(&pending.ends);
     let memory = Memory {
@@ -422,6 +441,17 @@ fn keep(job: &Job, response: &Response, place: Place, backend: &dyn Backend, tex
         counts: response.counts(),
     };
     Kept { memory, ids }
+}
+
+/// Sends text, if there is any and an earlier process has not sent it.
+fn tell(events: &UnboundedSender<Event>, job: &mut Job, event: Event) {
+    if matches!(&event, Event::Text { text, .. } if text.is_empty()) {
+        return;
+    }
+    match job.replay.events.checked_sub(1) {
+        Some(left) => job.replay.events = left,
+        None => send(events, event),
+    }
 }
 
 /// Sends an event. Nobody listening is no error: the job is dropped before the next step.

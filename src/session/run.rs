@@ -235,6 +235,8 @@ fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Mem
                 trim: Trim { start: chat && !middle, end: chat },
                 max_tokens,
                 keep: turn.store,
+                pause: engine::Pause::default(),
+                replay: engine::Replay::default(),
             };
             jobs.push((job, prompt * turn.choices + first_choice));
         }
@@ -264,7 +266,7 @@ async fn forward(mut outputs: Outputs, keeper: &mut Keeper, events: &mpsc::Sende
         };
         let event = match next {
             None => return,
-            Some((first, engine::Event::Text { choice, text })) => {
+            Some((first, engine::Event::Text { choice, text, .. })) => {
                 if keeper.turn.store {
                     texts.entry(first + choice).or_default().push_str(&text);
                 }
