@@ -44,7 +44,8 @@ impl App {
     /// As [`App::new`], over a store of the caller's.
     pub fn with_store(config: &Config, store: Arc<dyn Store>) -> anyhow::Result<Self> {
         let ttl = (config.states.default_ttl_s > 0).then_some(config.states.default_ttl_s);
-        let sessions = Arc::new(Sessions::new(Archive::new(store), config.turns.clone(), ttl));
+        let sessions = Sessions::new(Archive::new(store), config.turns.clone(), ttl);
+        let sessions = Arc::new(sessions.with_streams(config.streams.clone()));
         let router = api::router(api::App {
             sessions: sessions.clone(),
             keys: config.key.clone(),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::api::{ApiLimits, Key};
-use crate::session::TurnLimits;
+use crate::session::{StreamLimits, TurnLimits};
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
 use crate::types::{InitialName, readable};
@@ -19,6 +19,7 @@ pub struct Config {
     pub engine: Engine,
     pub requests: ApiLimits,
     pub turns: TurnLimits,
+    pub streams: StreamLimits,
     pub log: LogConfig,
     /// Served models, the default first; none = the embedded one.
     pub model: Vec<Model>,

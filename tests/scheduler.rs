@@ -57,7 +57,8 @@ impl Known {
     fn holds(&self) -> BTreeSet<Seat> {
         let alive = |choice: &usize| self.lives[*choice].is_some();
         let own = (0..self.seats.len()).filter(alive).map(|choice| self.seats[choice]);
-        let shared = (0..self.seats.len()).filter(alive).filter(|&choice| !self.moved[choice]).map(|_| self.prompt_seat());
+        let shared =
+            (0..self.seats.len()).filter(alive).filter(|&choice| !self.moved[choice]).map(|_| self.prompt_seat());
         own.chain(shared).collect()
     }
 

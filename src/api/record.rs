@@ -86,8 +86,8 @@ impl Record {
     }
 
     /// A turn was accepted.
-    pub fn begins(&self, running: &crate::session::Running) {
-        self.begins_as(&running.model, running.prompt_tokens, running.cached_tokens, running.choices);
+    pub fn begins(&self, facts: &crate::session::Facts) {
+        self.begins_as(&facts.model, facts.prompt_tokens, facts.cached_tokens, facts.choices);
     }
 
     fn begins_as(&self, model: &str, prompt_tokens: u64, cached_tokens: u64, choices: usize) {

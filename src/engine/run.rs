@@ -198,8 +198,7 @@ impl Engine {
         let prompt = Place { current: SlotId(0), fed: 0, anchor: None, shared: false };
         let since = clock::now();
         let (seats, choices, parked, resting) = (Vec::new(), Vec::new(), None, None);
-        let live =
-            Live { job, events, permit, since, seats, replayed, prompt, response, choices, parked, resting };
+        let live = Live { job, events, permit, since, seats, replayed, prompt, response, choices, parked, resting };
         self.jobs.insert(id, live);
     }
 

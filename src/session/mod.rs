@@ -1,11 +1,13 @@
 //! L3: use-cases. Resume a state, tokenise only what is new, submit it, stream, keep the child, commit the turn.
 
+mod conversations;
 mod initial;
 mod keep;
 mod origin;
 mod prompt;
 mod queries;
 mod run;
+mod streams;
 mod turn;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,9 +23,12 @@ use crate::engine;
 use crate::state::{self, Archive};
 use crate::text::{Profile, Tokenizer};
 use crate::types::{Message, Sampling, SessionId, StateId, Tenant, TurnUsage};
+use streams::Hub;
 
+pub use conversations::{Conversation, StoredItem};
 pub use initial::InitialStates;
-pub use turn::{Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
+pub use streams::{Facts, SoFar, StreamLimits};
+pub use turn::{Delivery, Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
 
 /// What is known of a served model.
 #[derive(Clone, Debug)]
@@ -171,6 +176,7 @@ pub struct Sessions {
     /// Ends them when their time is up.
     stop: CancellationToken,
     busy: Busy,
+    hub: Arc<Hub>,
 }
 
 impl Sessions {
@@ -185,7 +191,13 @@ impl Sessions {
             turns: TaskTracker::new(),
             stop: CancellationToken::new(),
             busy: Busy::default(),
+            hub: Arc::new(Hub::new(StreamLimits::default())),
         }
+    }
+
+    /// With other limits of streams.
+    pub fn with_streams(self, limits: StreamLimits) -> Self {
+        Self { hub: Arc::new(Hub::new(limits)), ..self }
     }
 
     /// Begins to serve these models; the first is the default. Only the first call counts.
@@ -205,6 +217,7 @@ impl Sessions {
     /// Refuses new turns from now on.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Release);
+        self.hub.drain();
         self.turns.close();
     }
 

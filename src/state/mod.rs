@@ -3,6 +3,10 @@
 //! ```text
 //! t/{tenant}/states/{state id}               one immutable snapshot, a safetensors file     (codec)
 //! t/{tenant}/sessions/{session id}/{turn}    one turn record, twelve digits, JSON           (record)
+//! t/{tenant}/streams/{response id}/{n}       what was sent of a response while it runs      (journal)
+//! t/{tenant}/responses/{response id}         a response that is kept, once it has ended     (journal)
+//! t/{tenant}/conversations/{id}/{n}          what was done to a conversation beside turns   (journal)
+//! running/{tenant}/{response id}             nothing: its name says that it has a stream    (journal)
 //! ```
 //!
 //! [`Store`] keeps bytes under keys, [`Archive`] gives keys and bytes their meaning. Everything is written once, by
@@ -11,6 +15,7 @@
 
 mod archive;
 mod codec;
+mod journal;
 mod local;
 mod memory;
 mod record;
@@ -19,6 +24,7 @@ mod store;
 
 pub use archive::{Archive, Listed, Wanted};
 pub use codec::{Damaged, FORMAT, Info, decode, decode_head, encode, head_len};
+pub use journal::Journal;
 pub use local::Local;
 pub use memory::InMemory;
 pub use record::Entry;

@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 
 use super::parameters::refuse_unknown;
 use crate::api::{ApiLimits, App, Caller, Error};
-use crate::session::{Input, ModelCard, Start, Turn};
+use crate::session::{Delivery, Input, ModelCard, Start, Turn};
 use crate::telemetry::clock;
 use crate::types::{Sampling, SessionId, StateId};
 
@@ -77,6 +77,9 @@ pub struct Generation {
     /// Begin from this configured initial state (a state-tuned file; `GET /v1/models/{id}` lists them) instead of the model's
     /// own. Only for what begins here: with `state_id` or a session that exists it is refused.
     pub initial_state: Option<String>,
+    /// Go on generating when the reader is gone, and after a restart of the server; `GET /v1/streams/{response_id}` goes on
+    /// reading. Otherwise a stream waits for a lost reader for the server's resume window, and a whole reply does not.
+    pub detach: Option<bool>,
 }
 
 /// Options of a stream; refused without `stream: true`.
@@ -197,6 +200,10 @@ pub struct Part {
     pub prefix: &'static str,
     /// Names of fields that the endpoint found nobody to read.
     pub ignored: Vec<String>,
+    /// What is needed to write the reply again.
+    pub form: String,
+    /// The whole response is stored.
+    pub keep: bool,
 }
 
 /// Where requests meet the server: the model they name and the limits that hold.
@@ -243,6 +250,12 @@ impl Generation {
         if rules.strict {
             refuse_unknown(&ignored)?;
         }
+        let delivery = Delivery {
+            form: part.form,
+            stream: stream.is_some(),
+            detach: self.detach.unwrap_or(false),
+            keep: part.keep,
+        };
         let in_session = matches!(start, Start::Session { .. });
         let turn = Turn {
             response_id: format!("{}-{:032x}", part.prefix, head.id),
@@ -259,6 +272,7 @@ impl Generation {
             store,
             // Elsewhere a repeated request is simply answered again.
             idempotency_key: head.idempotency_key.filter(|_| in_session),
+            delivery,
         };
         Ok(Order { turn, stream, ignored })
     }
