@@ -325,6 +325,27 @@ fn a_reader_that_leaves_costs_nothing_more() {
 }
 
 #[test]
+fn a_job_that_rests_gives_its_place_back() {
+    let engine = engine(Toy { end: None, ..toy() });
+    let endless = |_| Job { max_tokens: u64::MAX, pause: Pause::default(), ..job("ab") };
+    let all: Vec<Job> = (0..engine.capacity()).map(endless).collect();
+    let mut running: Vec<_> = all.iter().map(|job| (job.pause.clone(), submit(&engine, job.clone()))).collect();
+    assert!(matches!(running[0].1.blocking_recv(), Some(Event::Text { .. })));
+    assert!(engine.reserve(1).is_err());
+    running.iter().for_each(|(pause, _)| assert!(pause.set(true)));
+    engine.look();
+    // A job that comes now runs at once, and to its end.
+    while engine.reserve(1).is_err() {
+        std::thread::yield_now();
+    }
+    run(&engine, job("b"));
+    running.iter().for_each(|(pause, _)| assert!(pause.set(false)));
+    engine.look();
+    let (_, events) = &mut running[0];
+    (0..5000).for_each(|_| assert!(matches!(events.blocking_recv(), Some(Event::Text { .. }))));
+}
+
+#[test]
 fn a_full_queue_says_so_at_once() {
     let engine = engine(Toy { end: None, ..toy() });
     let permits = engine.reserve(engine.capacity()).expect("an empty engine");

@@ -14,12 +14,16 @@ mod initial;
 mod laws;
 #[path = "server/process.rs"]
 mod process;
+#[path = "server/responses.rs"]
+mod responses;
 #[path = "support/server.rs"]
 mod server;
 #[path = "server/sessions.rs"]
 mod sessions;
 #[path = "support/store.rs"]
 mod store;
+#[path = "server/streams.rs"]
+mod streams;
 #[path = "server/tenants.rs"]
 mod tenants;
 

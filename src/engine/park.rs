@@ -8,7 +8,7 @@ use crate::scheduler::{JobId, Seat};
 use crate::types::SegmentData;
 
 /// Holds a job, and lets it go on: whoever submits it keeps a clone. The engine heeds it before its next step, if it is
-/// told to [look](super::Handle::look).
+/// told to [look](super::Handle::look). A job that pauses gives its place back, and needs none to go on.
 #[derive(Clone, Debug, Default)]
 pub struct Pause(Arc<AtomicBool>);
 
@@ -54,6 +54,7 @@ impl Engine {
             } else {
                 let parked = live.resting.take().unwrap_or_else(|| hold(live, &*self.backend));
                 live.parked = Some(parked);
+                live.permit = None;
                 self.scheduler.park(id);
             }
         }

@@ -38,7 +38,8 @@ pub(super) struct Engine {
 pub(super) struct Live {
     pub job: Job,
     events: UnboundedSender<Event>,
-    permit: Permit,
+    /// `None` once it was parked: somebody else may have its place.
+    pub permit: Option<Permit>,
     since: Instant,
     pub seats: Vec<Seat>,
     /// How many of the job's ids are replayed ones of the response.
@@ -198,6 +199,7 @@ impl Engine {
         let prompt = Place { current: SlotId(0), fed: 0, anchor: None, shared: false };
         let since = clock::now();
         let (seats, choices, parked, resting) = (Vec::new(), Vec::new(), None, None);
+        let permit = Some(permit);
         let live = Live { job, events, permit, since, seats, replayed, prompt, response, choices, parked, resting };
         self.jobs.insert(id, live);
     }

@@ -76,7 +76,7 @@ impl ChatRequest {
         let max_tokens = some_tokens("max_tokens", self.generation.max_tokens)?;
         let max_tokens = some_tokens("max_completion_tokens", self.own.max_completion_tokens)?.or(max_tokens);
         let form = Form::chat(&self.generation).text();
-        let part = Part { input: Input::Chat(messages), max_tokens, prefix: "chatcmpl", ignored, form, keep: false };
+        let part = Part { input: Input::Chat(messages), max_tokens, prefix: "chatcmpl-", ignored, form, keep: false };
         self.generation.order(part, head, rules)
     }
 }

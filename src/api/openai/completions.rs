@@ -76,7 +76,7 @@ impl CompletionRequest {
         check(&prompts, &rules)?;
         let max_tokens = some_tokens("max_tokens", self.generation.max_tokens)?.or(Some(DEFAULT_MAX_TOKENS));
         let form = Form::completion(&self.generation).text();
-        let part = Part { input: Input::Prompts(prompts), max_tokens, prefix: "cmpl", ignored, form, keep: false };
+        let part = Part { input: Input::Prompts(prompts), max_tokens, prefix: "cmpl-", ignored, form, keep: false };
         self.generation.order(part, head, rules)
     }
 }

@@ -196,7 +196,7 @@ pub struct Order {
 pub struct Part {
     pub input: Input,
     pub max_tokens: Option<u64>,
-    /// `cmpl` or `chatcmpl`.
+    /// `cmpl-`, `chatcmpl-` or `resp_`.
     pub prefix: &'static str,
     /// Names of fields that the endpoint found nobody to read.
     pub ignored: Vec<String>,
@@ -258,7 +258,7 @@ impl Generation {
         };
         let in_session = matches!(start, Start::Session { .. });
         let turn = Turn {
-            response_id: format!("{}-{:032x}", part.prefix, head.id),
+            response_id: format!("{}{:032x}", part.prefix, head.id),
             sampling: self.sampling(rules.card, head.seed)?,
             stop: self.stop(limits)?,
             ttl_s: self.ttl(store)?,

@@ -66,7 +66,7 @@ pub async fn create_response(
     generation.store_state = generation.session_id.is_none().then_some(ask.store);
     let (background, max_tokens, keep) = (ask.background, ask.max_output_tokens, ask.store);
     let form = Form::Response(Box::new(ask.clone())).text();
-    let part = Part { input: Input::Chat(place.messages), max_tokens, prefix: "resp", ignored, form, keep };
+    let part = Part { input: Input::Chat(place.messages), max_tokens, prefix: "resp_", ignored, form, keep };
     let head = Head { if_match: place.if_match.map(|state| format!("\"{state}\"")), ..head };
     let order = generation.order(part, head, app.rules(&card)).map_err(own_name)?;
     let running = app.sessions.start(order.turn).await.map_err(|error| own_name(error.into()))?;
