@@ -513,7 +513,8 @@ def a_response_goes_on_from_the_state_of_another(client, model):
 def a_response_is_streamed_and_its_stream_read_again(client, model):
     with client.responses.stream(**ask(model, "A dog?")) as stream:
         events = list(stream)
-        final = stream.get_final_response()
+    # `get_final_response` knows no other end than `response.completed`.
+    final = events[-1].response
     assert [event.sequence_number for event in events] == list(range(len(events)))
     said = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     assert said == final.output_text == client.responses.create(**ask(model, "A dog?")).output_text
