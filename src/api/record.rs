@@ -90,6 +90,14 @@ impl Record {
         self.begins_as(&facts.model, facts.prompt_tokens, facts.cached_tokens, facts.choices);
     }
 
+    /// Somebody goes on reading a turn that another request has begun, and whose prompt was counted there.
+    pub fn goes_on(&self, running: &crate::session::Running) {
+        let facts = &running.facts;
+        if !running.over {
+            self.begins_as(&facts.model, 0, 0, facts.choices);
+        }
+    }
+
     fn begins_as(&self, model: &str, prompt_tokens: u64, cached_tokens: u64, choices: usize) {
         self.facts().turn = Some(TurnFacts {
             model: model.into(),

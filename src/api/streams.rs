@@ -84,7 +84,7 @@ fn after(id: &str, headers: &HeaderMap, query: Option<u64>) -> Result<Option<u64
 /// Writes a response after the event of number `after`, as its endpoint does. `None` = no stream of it was kept.
 pub fn resume(running: Running, record: Record, after: Option<u64>) -> Option<Response> {
     let form = Form::read(&running.facts.form)?;
-    record.begins(&running.facts);
+    record.goes_on(&running);
     Some(match form {
         Form::Chat { include_usage } => chunks::<ChatCompletion>(running, include_usage, record, after),
         Form::Completion { include_usage } => chunks::<TextCompletion>(running, include_usage, record, after),

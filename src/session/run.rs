@@ -34,6 +34,10 @@ impl Sessions {
         let model = self.find(turn.model.as_deref())?.clone();
         let origin = self.origin(&turn, &model).await?;
         match &resumed {
+            Some(resumed) if resumed.facts.fingerprint != model.card.fingerprint => {
+                let state_model = resumed.facts.model.clone();
+                return Err(Error::StateModelMismatch { state_model, model: model.card.id.clone() });
+            }
             Some(resumed) => origin.check_parent(resumed.parent.as_ref())?,
             None => {
                 if let Some(replayed) = self.replay(&turn, &model, &origin).await? {

@@ -73,12 +73,18 @@ pub enum Prompt {
 pub struct Running {
     /// The response id in it is the turn's, or that of the turn a repeated `Idempotency-Key` brings back.
     pub facts: Facts,
+    /// It had ended before this reader came.
+    pub over: bool,
     events: Source,
 }
 
 impl Running {
     pub(super) fn new(facts: Facts, events: Source) -> Self {
-        Self { facts, events }
+        let over = match &events {
+            Source::Stream(reader) => reader.is_over(),
+            Source::Told(_) => true,
+        };
+        Self { facts, over, events }
     }
 
     /// The next event; `None` after the last choice is done or a failure was reported.

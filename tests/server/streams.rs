@@ -9,6 +9,7 @@ use rewake::types::Tenant;
 use serde_json::{Value, json};
 
 use crate::server::{CHAT, COMPLETIONS, Chunks, Client, Process, Server, config, get, said};
+use crate::store::Failing;
 use crate::{endless, user, with};
 
 /// A request by number: chats and completions of several choices, lengths and temperatures.
@@ -267,6 +268,79 @@ async fn a_detached_stream_is_whole_when_somebody_comes_back() {
     let body = json!({"prompt": "A dog", "session_id": "detached", "detach": true, "max_tokens": 5});
     assert_eq!(client.ok(COMPLETIONS, body).await.json()["state"]["turn"], 1);
     assert!(left(&*store).await.iter().all(|key| !key.contains("/streams/")), "journals are gone when streams end");
+}
+
+/// Reads a stream to its end, and says how that was.
+async fn rest(stream: &mut Chunks, all: &mut Vec<Value>) -> Value {
+    while let Some(chunk) = stream.next().await {
+        all.push(chunk);
+    }
+    all.last().cloned().unwrap_or_default()
+}
+
+#[tokio::test]
+async fn of_two_servers_one_goes_on_with_a_stream() {
+    let store = Arc::new(InMemory::default());
+    let (first, second) = (Server::over(store.clone()).client(), Server::over(store).client());
+    let body = json!({"prompt": "Once", "seed": 4, "max_tokens": 3000, "logit_bias": {"0": -100}, "detach": true});
+    let uncut = first.ok(COMPLETIONS, body.clone()).await.answer();
+    let mut here = first.stream(COMPLETIONS, body).await;
+    let mut all = vec![here.next().await.expect("a chunk")];
+    let id = all[0]["id"].as_str().expect("an id").to_owned();
+    // The other one takes it away; whoever reads here is told, and reads on there.
+    let mut there = second.resume(&id, None).await.expect("it is there");
+    there.begun().await;
+    let last = rest(&mut here, &mut all).await;
+    if here.done {
+        // It had ended before it was taken.
+        return assert_eq!(said(&all, 0), uncut);
+    }
+    assert_eq!(last["error"]["code"], "engine_failed", "{last}");
+    all.pop();
+    let number = all.len() - 1;
+    let mut there = second.resume(&id, Some(&format!("{id}:{number}"))).await.expect("it is there");
+    rest(&mut there, &mut all).await;
+    assert!(there.done);
+    assert_eq!(said(&all, 0), uncut);
+}
+
+#[tokio::test]
+async fn a_full_disk_takes_no_text_away() {
+    let store = Arc::new(Failing::new(InMemory::default()));
+    let server = Server::over(store.clone());
+    let client = server.client();
+    let body = json!({"prompt": "Once", "seed": 4, "max_tokens": 400, "logit_bias": {"0": -100}, "detach": true});
+    // What could not be promised is refused before it begins.
+    let refused = client.post(COMPLETIONS, body.clone()).await;
+    assert_eq!((refused.status, refused.code().as_str()), (500, "store_failed"));
+    store.fail(false);
+    let uncut = client.ok(COMPLETIONS, body.clone()).await.answer();
+    let mut stream = client.stream(COMPLETIONS, body).await;
+    let mut all = vec![stream.next().await.expect("a chunk")];
+    store.fail(true);
+    rest(&mut stream, &mut all).await;
+    assert!(stream.done, "{:?}", all.last());
+    assert_eq!(said(&all, 0), uncut);
+}
+
+#[tokio::test]
+async fn a_server_that_stops_waits_for_nobody_who_is_gone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let server = Process::start(folder.path(), &[]);
+    let client = server.client();
+    let parked = client.stream(COMPLETIONS, endless()).await;
+    let mut detached = client.stream(COMPLETIONS, with(endless(), json!({"detach": true}))).await;
+    let first = detached.next().await.expect("a chunk");
+    let id = first["id"].as_str().expect("an id").to_owned();
+    drop((parked, detached));
+    seats(&client, 1).await;
+    server.terminate();
+    assert!(server.ended().await.success());
+    // What was to go on does.
+    let server = Process::start(folder.path(), &[]);
+    let mut again = server.client().resume(&id, None).await.expect("it is there");
+    assert_eq!(again.next().await.expect("a chunk"), first);
+    again.begun().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

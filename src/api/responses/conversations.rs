@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
@@ -13,7 +13,7 @@ use super::item::{self, Given, GivenItem};
 use super::request::metadata;
 use super::{Item, ItemsQuery, items};
 use crate::api::error::Refusals;
-use crate::api::extract::{JsonBody, Name, Query};
+use crate::api::extract::{JsonBody, Name, Names, Query};
 use crate::api::list::{Deleted, List};
 use crate::api::{App, Caller, Error};
 use crate::session::{Conversation, Listing, StoredItem};
@@ -204,7 +204,7 @@ pub async fn create_items(
 pub async fn show_item(
     State(app): State<Arc<App>>,
     caller: Caller,
-    Path((id, item)): Path<(String, String)>,
+    Names(id, item): Names,
 ) -> Result<Json<Item>, Error> {
     let conversation = app.sessions.conversation(&caller.tenant, &id).await?;
     let found = conversation.items.into_iter().find(|other| other.id == item);
@@ -225,7 +225,7 @@ pub async fn show_item(
 pub async fn delete_item(
     State(app): State<Arc<App>>,
     caller: Caller,
-    Path((id, item)): Path<(String, String)>,
+    Names(id, item): Names,
 ) -> Result<Json<ConversationObject>, Error> {
     let conversation = app.sessions.remove_item(&caller.tenant, &id, &item).await?;
     Ok(Json(ConversationObject::new(id, conversation)))

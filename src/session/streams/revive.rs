@@ -74,7 +74,13 @@ impl Sessions {
             Err(error) => return tracing::error!(%error, "unfinished responses could not be listed"),
         };
         for (tenant, id) in marked {
-            match self.revive(&tenant, &id).await {
+            let revived = loop {
+                match self.revive(&tenant, &id).await {
+                    Err(Error::Full { retry_after }) => tokio::time::sleep(retry_after).await,
+                    revived => break revived,
+                }
+            };
+            match revived {
                 Ok(Some(Found::Stream(_))) => tracing::info!(response = id, "a response goes on after a restart"),
                 Ok(_) => {}
                 Err(error) => tracing::error!(%error, response = id, "a response could not go on after a restart"),
@@ -112,7 +118,9 @@ impl Sessions {
         self.go_on(turn, resumed).await.map(Some)
     }
 
-    async fn go_on(&self, turn: Turn, resumed: Resumed) -> Result<Found, Error> {
+    async fn go_on(&self, mut turn: Turn, resumed: Resumed) -> Result<Found, Error> {
+        // The default may be another one by now.
+        turn.model = Some(resumed.facts.model.clone());
         let (tenant, id) = (turn.tenant.clone(), resumed.facts.response_id.clone());
         let (keep, journal) = (turn.delivery.keep, resumed.journal.clone());
         let mut answer = Answer {

@@ -208,6 +208,11 @@ pub(in crate::session) struct Reader {
 }
 
 impl Reader {
+    /// Whether the response has ended.
+    pub fn is_over(&self) -> bool {
+        self.stream.ended()
+    }
+
     /// The next event; `None` at the end.
     pub async fn next(&mut self) -> Option<Event> {
         loop {

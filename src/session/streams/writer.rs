@@ -21,6 +21,8 @@ pub(in crate::session) struct Writer {
     hub: Arc<Hub>,
     archive: Archive,
     journal: Option<Open>,
+    /// A journal that could not be written, and not be removed either.
+    stuck: Option<Journal>,
     /// Events that nobody has heard of, with the tokens behind them.
     held: Vec<(Event, Vec<u32>)>,
     /// Choices that are not complete.
@@ -38,7 +40,7 @@ struct Open {
 impl Writer {
     pub fn new(stream: Arc<Stream>, hub: Arc<Hub>, archive: Archive) -> Self {
         let open = stream.facts.choices;
-        Self { stream, hub, archive, journal: None, held: Vec::new(), open, over: false }
+        Self { stream, hub, archive, journal: None, stuck: None, held: Vec::new(), open, over: false }
     }
 
     /// Opens a journal: from when this returns, the response is not lost with this process.
@@ -138,6 +140,7 @@ impl Writer {
                 Err(error) => tracing::error!(%error, response = id, "a response was not stored"),
             }
         }
+        self.remove_stuck().await;
         let Some((last, _)) = self.held.pop() else { return };
         self.held.drain(..).for_each(|(event, _)| self.stream.push(event));
         self.last(last, stored);
@@ -158,13 +161,19 @@ impl Writer {
 
     /// The journal cannot be written. The text is still sent, and a later process must not take the journal up.
     async fn go_on_without(&mut self, error: &crate::state::Error) {
-        let (tenant, id) = (&self.stream.tenant, &self.stream.facts.response_id);
+        let id = &self.stream.facts.response_id;
         tracing::error!(%error, response = id, "a response goes on without its journal");
-        if let Some(open) = self.journal.take() {
-            let erased = self.archive.erase(&open.journal).await;
-            if let Err(error) = erased.and(self.archive.unmark_running(tenant, id).await) {
-                tracing::error!(%error, response = id, "what is left of its journal could not be removed");
-            }
+        self.stuck = self.journal.take().map(|open| open.journal);
+        self.remove_stuck().await;
+    }
+
+    async fn remove_stuck(&mut self) {
+        let Some(journal) = &self.stuck else { return };
+        let (tenant, id) = (&self.stream.tenant, &self.stream.facts.response_id);
+        let erased = self.archive.erase(journal).await;
+        match erased.and(self.archive.unmark_running(tenant, id).await) {
+            Ok(()) => self.stuck = None,
+            Err(error) => tracing::error!(%error, response = id, "what is left of its journal could not be removed"),
         }
     }
 }
