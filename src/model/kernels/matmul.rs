@@ -2,21 +2,25 @@
 //!
 //! A panel holds [`PANEL`] outputs: for each input, in order, that many weights side by side. One output element is one
 //! accumulator that walks the inputs from first to last, whatever the number of rows, so a row's result never depends on
-//! the rows beside it. Quantised weights keep their integers; see [`quants`].
+//! the rows beside it. Few rows read a panel as it is stored, from first to last; more rows unpack a stretch of it to f32 once for
+//! all of them. Both add the same products in the same order.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
 
 use half::{bf16, f16};
 
 use super::kind::Kind;
-use super::quants::{self, Quants, Scales};
+use super::quants::{Quants, WithPacked};
+#[cfg(target_arch = "x86_64")]
+use super::simd::Vector;
 use super::weight::Stored;
-use super::{Arith, Shared, Weight, kernel, parallel, parallel_chunks};
+use super::{Shared, Weight, parallel, parallel_chunks, tile};
 
 /// Outputs side by side in a panel.
 pub const PANEL: usize = 32;
-/// Rows that one pass over a panel serves: 3 × 32 accumulators fill the 16 AVX2 registers.
-const ROWS: usize = 3;
+/// Inputs that are unpacked at a time: 16 KB of f32, which stay in the first cache. Whole runs of every kind.
+pub const STRETCH: usize = 128;
 
 /// A packed matrix of `outputs × inputs`.
 #[derive(Debug)]
@@ -88,39 +92,151 @@ fn pack<T: Stored>(
     data
 }
 
+/// A packed matrix of one kind, panel by panel: what the kernels below need of it.
+pub(super) trait Packed: Sync {
+    /// Some inputs of a panel as they are stored, to be fetched from memory ahead of their use.
+    fn stored(&self, panel: usize, inputs: Range<usize>) -> &[u8];
+
+    /// Writes some inputs of a panel as f32, `[inputs, PANEL]`. They begin and end with a run of scales.
+    fn unpack_plain(&self, panel: usize, inputs: Range<usize>, out: &mut [f32]);
+
+    /// The same in registers.
+    ///
+    /// # Safety
+    /// As [`Vector`].
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn unpack<V: Vector>(&self, panel: usize, inputs: Range<usize>, out: &mut [f32]);
+
+    /// `sums [R, PANEL]` = R rows of `x`, `stride` apart, times a panel, unpacked in registers.
+    ///
+    /// # Safety
+    /// As [`Vector`].
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn few<V: Vector, const R: usize>(&self, panel: usize, x: (&[f32], usize), sums: &mut [[f32; PANEL]]);
+}
+
+/// Single values.
+struct Values<'a, T> {
+    inputs: usize,
+    data: &'a [T],
+}
+
+impl<T: Stored> Values<'_, T> {
+    fn part(&self, panel: usize, inputs: Range<usize>) -> &[T] {
+        let first = panel * self.inputs;
+        &self.data[(first + inputs.start) * PANEL..(first + inputs.end) * PANEL]
+    }
+}
+
+impl<T: Stored> Packed for Values<'_, T> {
+    fn stored(&self, panel: usize, inputs: Range<usize>) -> &[u8] {
+        let part = self.part(panel, inputs);
+        // SAFETY: stored values are plain bytes, all of them initialised.
+        unsafe { std::slice::from_raw_parts(part.as_ptr().cast(), size_of_val(part)) }
+    }
+
+    fn unpack_plain(&self, panel: usize, inputs: Range<usize>, out: &mut [f32]) {
+        out.iter_mut().zip(self.part(panel, inputs)).for_each(|(out, value)| *out = value.to_f32());
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn unpack<V: Vector>(&self, panel: usize, inputs: Range<usize>, out: &mut [f32]) {
+        let part = self.part(panel, inputs);
+        assert!(part.len() == out.len() && part.len().is_multiple_of(PANEL));
+        for at in (0..out.len()).step_by(V::LANES) {
+            // SAFETY: the caller has looked for the features; so many values from `at` are inside both.
+            unsafe { T::load::<V>(part.as_ptr().add(at)).store(out.as_mut_ptr().add(at)) };
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn few<V: Vector, const R: usize>(
+        &self,
+        panel: usize,
+        (x, stride): (&[f32], usize),
+        sums: &mut [[f32; PANEL]],
+    ) {
+        let weights = self.part(panel, 0..self.inputs);
+        // SAFETY: the caller has looked for the features.
+        unsafe {
+            let ahead = weights.as_ptr().cast::<u8>().wrapping_add(tile::AHEAD);
+            match T::BYTES {
+                2 => tile::add::<V, T, R, 4, { 2 * PANEL }>(weights, (x, stride), (sums, 0), ahead),
+                _ => tile::add::<V, T, R, 4, { 4 * PANEL }>(weights, (x, stride), (sums, 0), ahead),
+            }
+        }
+    }
+}
+
 /// `out [rows, outputs] = x [rows, inputs] · wᵀ`.
 pub fn matmul(w: &Panels, x: &[f32], out: &mut [f32]) {
     let rows = x.len() / w.inputs;
     assert_eq!(x.len(), rows * w.inputs, "x holds whole rows");
     assert_eq!(out.len(), rows * w.outputs, "one output row for each row of x");
+    let inputs = w.inputs;
     match &w.data {
-        Data::F32(data) => run(w, data, x, out),
-        Data::F16(data) => run(w, data, x, out),
-        Data::BF16(data) => run(w, data, x, out),
-        Data::Quants(quants) => run_quants(w, quants, x, out),
+        Data::F32(data) => run(w, &Values { inputs, data }, x, out),
+        Data::F16(data) => run(w, &Values { inputs, data }, x, out),
+        Data::BF16(data) => run(w, &Values { inputs, data }, x, out),
+        Data::Quants(quants) => quants.packed(Run { w, x, out }),
     }
 }
 
-/// Inputs of single values that are unpacked at a time: 16 KB of f32, which stay in the first cache.
-const RUN: usize = 128;
+/// [`run`], for a kind of quantised weights.
+struct Run<'a> {
+    w: &'a Panels,
+    x: &'a [f32],
+    out: &'a mut [f32],
+}
 
-fn run<T: Stored>(w: &Panels, data: &[T], x: &[f32], out: &mut [f32]) {
+impl WithPacked<()> for Run<'_> {
+    fn call(self, packed: &impl Packed) {
+        run(self.w, packed, self.x, self.out);
+    }
+}
+
+fn run(w: &Panels, packed: &impl Packed, x: &[f32], out: &mut [f32]) {
     let rows = x.len() / w.inputs;
-    let size = w.inputs * PANEL;
-    let panels = |panel: usize, sums: &mut [[f32; PANEL]]| {
-        let weights = &data[panel * size..][..size];
-        // Few rows read each weight once as it is; for more, it pays to convert it once for all of them.
-        if rows <= ROWS {
-            return tile(weights, x, w.inputs, sums);
+    if rows <= tile::few(packed) {
+        return each_panel(w, rows, out, |panel, sums| tile::few_rows(packed, panel, (x, w.inputs), sums));
+    }
+    stretched(w.inputs, x, |x| {
+        each_panel(w, rows, out, |panel, sums| {
+            let mut unpacked = [0f32; STRETCH * PANEL];
+            for first in (0..w.inputs).step_by(STRETCH) {
+                let inputs = first..w.inputs.min(first + STRETCH);
+                let unpacked = &mut unpacked[..inputs.len() * PANEL];
+                tile::unpack(packed, panel, inputs.clone(), unpacked);
+                // While these are at work, memory gives the next ones.
+                let next = packed.stored(panel, inputs.end..w.inputs.min(inputs.end + STRETCH));
+                tile::many_rows(unpacked, &x[first * rows..][..inputs.len() * rows], sums, next);
+            }
+        });
+    });
+}
+
+/// Lends `x [rows, inputs]` stretch by stretch, `[rows, STRETCH]` each: rows whose distance is a power of two would share few
+/// places of the cache.
+fn stretched(inputs: usize, x: &[f32], then: impl FnOnce(&[f32])) {
+    thread_local! {
+        static STRETCHED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    }
+    let (mut buffer, rows) = (STRETCHED.take(), x.len() / inputs);
+    buffer.resize(x.len(), 0.0);
+    let shared = Shared::new(&mut buffer);
+    parallel(inputs.div_ceil(STRETCH), x.len(), |stretch| {
+        let first = stretch * STRETCH;
+        let width = STRETCH.min(inputs - first);
+        // SAFETY: one task a stretch.
+        let part = unsafe { shared.part(first * rows, width * rows) };
+        for (part, x) in part.chunks_exact_mut(width).zip(x.chunks_exact(inputs)) {
+            part.copy_from_slice(&x[first..first + width]);
         }
-        let mut unpacked = [0f32; RUN * PANEL];
-        for (n, weights) in weights.chunks(RUN * PANEL).enumerate() {
-            let unpacked = &mut unpacked[..weights.len()];
-            let weights = T::as_f32(weights).unwrap_or_else(|| widen(weights, unpacked));
-            tiles(weights, &x[n * RUN..], w.inputs, sums);
-        }
-    };
-    each_panel(w, rows, out, panels);
+    });
+    then(&buffer);
+    STRETCHED.set(buffer);
 }
 
 /// Computes the sums of every panel and writes them to `out`.
@@ -143,236 +259,6 @@ fn each_panel(w: &Panels, rows: usize, out: &mut [f32], panel: impl Fn(usize, &m
             }
         });
     });
-}
-
-/// Adds to the `sums` of all rows what a part of a panel, in f32, and the rows' parts of `x` make.
-fn tiles(weights: &[f32], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
-    #[cfg(target_arch = "x86_64")]
-    if super::wide() && sums.len() > ROWS {
-        return tiles_avx512(weights, x, stride, sums);
-    }
-    for (n, sums) in sums.chunks_mut(ROWS).enumerate() {
-        tile(weights, &x[n * ROWS * stride..], stride, sums);
-    }
-}
-
-/// The same for twelve rows at a time, which fill the 32 registers of AVX-512. Each sum is the same chain of fused
-/// multiply-adds, so not a bit is different.
-#[cfg(target_arch = "x86_64")]
-fn tiles_avx512(weights: &[f32], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
-    let inputs = weights.len() / PANEL;
-    assert!(weights.len() == inputs * PANEL && x.len() >= (sums.len() - 1) * stride + inputs);
-    let (twelves, rest) = sums.as_chunks_mut::<GROUP>();
-    let mut row = 0;
-    for sums in twelves {
-        // SAFETY: `wide` has looked for the features; each of the rows has a value for every input.
-        unsafe { tile_avx512(weights, &x[row * stride..], stride, sums) };
-        row += GROUP;
-    }
-    let (fours, rest) = rest.as_chunks_mut::<4>();
-    for sums in fours {
-        // SAFETY: as above.
-        unsafe { tile_avx512(weights, &x[row * stride..], stride, sums) };
-        row += 4;
-    }
-    for sums in rest {
-        // SAFETY: as above.
-        unsafe { tile_avx512(weights, &x[row * stride..], stride, std::array::from_mut(sums)) };
-        row += 1;
-    }
-}
-
-/// # Safety
-/// AVX-512F; `weights` holds whole inputs of PANEL, and each of R rows of `x`, `stride` apart, as many values as inputs.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn tile_avx512<T: Stored, const R: usize>(weights: &[T], x: &[f32], stride: usize, out: &mut [[f32; PANEL]; R]) {
-    use std::arch::x86_64::{
-        _MM_HINT_T0, _mm_prefetch, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
-        _mm512_storeu_ps,
-    };
-    let mut sums = [[_mm512_setzero_ps(); 2]; R];
-    for (sums, out) in sums.iter_mut().zip(&*out) {
-        // SAFETY: sixteen values of 32, twice.
-        *sums = unsafe { [_mm512_loadu_ps(out.as_ptr()), _mm512_loadu_ps(out.as_ptr().add(16))] };
-    }
-    for (input, weights) in weights.as_chunks::<PANEL>().0.iter().enumerate() {
-        if R < ROWS {
-            // What memory gives is the limit, and the processor looks ahead no further than a page.
-            _mm_prefetch::<_MM_HINT_T0>(weights.as_ptr().wrapping_byte_add(AHEAD).cast());
-        }
-        // SAFETY: as above.
-        let weights = unsafe { [T::load16(weights.as_ptr()), T::load16(weights.as_ptr().add(16))] };
-        for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: each row has a value for every input.
-            let x = _mm512_set1_ps(unsafe { *x.get_unchecked(row * stride + input) });
-            sums[0] = _mm512_fmadd_ps(x, weights[0], sums[0]);
-            sums[1] = _mm512_fmadd_ps(x, weights[1], sums[1]);
-        }
-    }
-    for (sums, out) in sums.iter().zip(out) {
-        // SAFETY: sixteen values of 32, twice.
-        unsafe {
-            _mm512_storeu_ps(out.as_mut_ptr(), sums[0]);
-            _mm512_storeu_ps(out.as_mut_ptr().add(16), sums[1]);
-        }
-    }
-}
-
-/// Bytes that are fetched ahead of those that are used.
-pub const AHEAD: usize = 2048;
-
-/// `out` = the values of `weights` as f32.
-fn widen<'a, T: Stored>(weights: &[T], out: &'a mut [f32]) -> &'a [f32] {
-    assert!(weights.len() == out.len() && weights.len().is_multiple_of(8));
-    #[cfg(target_arch = "x86_64")]
-    if super::fused() {
-        // SAFETY: the processor has the features, and the assertion above gives the bounds.
-        unsafe { widen_avx2(weights, out) };
-        return out;
-    }
-    out.iter_mut().zip(weights).for_each(|(out, weight)| *out = weight.to_f32());
-    out
-}
-
-/// # Safety
-/// AVX2 and F16C; as many weights as values, and a multiple of eight.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn widen_avx2<T: Stored>(weights: &[T], out: &mut [f32]) {
-    for at in (0..out.len()).step_by(8) {
-        // SAFETY: eight values from `at` are inside both.
-        unsafe { std::arch::x86_64::_mm256_storeu_ps(out.as_mut_ptr().add(at), T::load8(weights.as_ptr().add(at))) };
-    }
-}
-
-/// Rows of x that the products of a run are taken of together.
-const GROUP: usize = 12;
-
-fn run_quants(w: &Panels, quants: &Quants, x: &[f32], out: &mut [f32]) {
-    let rows = x.len() / w.inputs;
-    // Σ x over every run of every row, which all panels need.
-    let totals: Vec<f32> = x.chunks_exact(quants.run()).map(sum_of).collect();
-    each_panel(w, rows, out, |panel, sums| quants_panel(quants, panel, x, &totals, sums));
-}
-
-fn sum_of(x: &[f32]) -> f32 {
-    super::sum(x)
-}
-
-kernel! {
-    /// Computes the `sums` of one panel: run by run, for all rows.
-    fn quants_panel(w: &Quants, panel: usize, x: &[f32], totals: &[f32], sums: &mut [[f32; PANEL]]) {
-        let (run, block, runs) = (w.run(), w.kind.block(), w.inputs / w.run());
-        let direct = sums.len() <= ROWS && quants::direct(w.kind);
-        let mut scales = Scales::ZERO;
-        let mut unpacked = [0f32; quants::RUN * PANEL];
-        let unpacked = &mut unpacked[..run * PANEL];
-        for (n, block) in w.panel(panel).enumerate().map(|(n, stored)| (n * block / run, stored)) {
-            let (stored, q) = w.split(block);
-            let minima = scales.read(w.kind, stored);
-            for r in 0..w.kind.block() / run {
-                if !direct {
-                    quants::integers(w.kind, q, r, unpacked);
-                }
-                for (group, sums) in sums.chunks_mut(GROUP).enumerate() {
-                    let x = &x[group * GROUP * w.inputs + (n + r) * run..];
-                    let mut products = [[0f32; PANEL]; GROUP];
-                    let products = &mut products[..sums.len()];
-                    match (direct, sums.len()) {
-                        #[cfg(target_arch = "x86_64")]
-                        (true, 1) => quants::products::<1>(w.kind, (q, r), (x, w.inputs), products),
-                        #[cfg(target_arch = "x86_64")]
-                        (true, 2) => quants::products::<2>(w.kind, (q, r), (x, w.inputs), products),
-                        #[cfg(target_arch = "x86_64")]
-                        (true, _) => quants::products::<3>(w.kind, (q, r), (x, w.inputs), products),
-                        _ => tiles(unpacked, x, w.inputs, products),
-                    }
-                    for (row, (products, sums)) in products.iter().zip(sums).enumerate() {
-                        let total = totals[(group * GROUP + row) * runs + n + r];
-                        let minima = minima.then_some(&scales.m[r]);
-                        quants::combine::<A>(products, (w.offset(), total), (&scales.d[r], minima), sums);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Adds to `sums`, of one to [`ROWS`] rows, what those rows of `x`, `stride` apart, times a panel are.
-#[inline]
-fn tile<T: Stored>(panel: &[T], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
-    match sums.len() {
-        1 => tile_of::<T, 1>(panel, x, stride, sums),
-        2 => tile_of::<T, 2>(panel, x, stride, sums),
-        _ => tile_of::<T, ROWS>(panel, x, stride, sums),
-    }
-}
-
-#[inline]
-fn tile_of<T: Stored, const R: usize>(panel: &[T], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
-    let inputs = panel.len() / PANEL;
-    assert!(sums.len() == R && panel.len() == inputs * PANEL && x.len() >= (R - 1) * stride + inputs);
-    #[cfg(target_arch = "x86_64")]
-    if super::wide() {
-        let sums = sums.try_into().expect("R rows");
-        // SAFETY: the processor has the features; the assertion above gives the bounds.
-        return unsafe { tile_avx512::<T, R>(panel, x, stride, sums) };
-    }
-    #[cfg(target_arch = "x86_64")]
-    if super::fused() {
-        // SAFETY: the processor has the features; the assertion above gives the bounds.
-        return unsafe { tile_avx2::<T, R>(panel, x, stride, sums) };
-    }
-    for (input, weights) in panel.as_chunks::<PANEL>().0.iter().enumerate() {
-        let weights = weights.map(T::to_f32);
-        for (r, sums) in sums.iter_mut().enumerate() {
-            let x = x[r * stride + input];
-            for (sum, w) in sums.iter_mut().zip(weights) {
-                *sum = super::Plain::fma(x, w, *sum);
-            }
-        }
-    }
-}
-
-/// # Safety
-/// AVX2, FMA and F16C; `panel` holds whole inputs of PANEL weights, `sums` R rows, and each of R rows of `x`, `stride`
-/// apart, as many values as there are inputs.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-#[allow(clippy::needless_range_loop, reason = "rows and vectors index several arrays at once")]
-unsafe fn tile_avx2<T: Stored, const R: usize>(panel: &[T], x: &[f32], stride: usize, out: &mut [[f32; PANEL]]) {
-    use std::arch::x86_64::{
-        _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps,
-    };
-    const VECTORS: usize = PANEL / 8;
-    let mut sums = [[_mm256_setzero_ps(); VECTORS]; R];
-    for r in 0..R {
-        for v in 0..VECTORS {
-            // SAFETY: eight floats from 8 v are inside the row of PANEL.
-            sums[r][v] = unsafe { _mm256_loadu_ps(out[r].as_ptr().add(8 * v)) };
-        }
-    }
-    let (mut w, x) = (panel.as_ptr(), x.as_ptr());
-    for input in 0..panel.len() / PANEL {
-        // SAFETY: `w` walks over the panel PANEL weights at a time; each row of x has a value for every input.
-        unsafe {
-            let weights: [_; VECTORS] = [T::load8(w), T::load8(w.add(8)), T::load8(w.add(16)), T::load8(w.add(24))];
-            for r in 0..R {
-                let x = _mm256_broadcast_ss(&*x.add(r * stride + input));
-                for v in 0..VECTORS {
-                    sums[r][v] = _mm256_fmadd_ps(x, weights[v], sums[r][v]);
-                }
-            }
-            w = w.add(PANEL);
-        }
-    }
-    for r in 0..R {
-        for v in 0..VECTORS {
-            // SAFETY: as above.
-            unsafe { _mm256_storeu_ps(out[r].as_mut_ptr().add(8 * v), sums[r][v]) };
-        }
-    }
 }
 
 #[cfg(test)]
@@ -453,18 +339,119 @@ mod tests {
         }
 
         #[test]
-        fn the_portable_tile_is_close_to_the_fast_one(inputs in 1usize..200, seed: u32) {
-            let source = weights(Kind::F16, [inputs, PANEL], seed);
-            let panel: Vec<f16> = source.bytes().chunks_exact(2).map(f16::from_le).collect();
-            let x = values(inputs, seed ^ 5);
-            let mut sums = [[0f32; PANEL]];
-            tile(&panel, &x, inputs, &mut sums);
-            for (o, got) in sums[0].iter().enumerate() {
-                let mut sum = 0f32;
-                for i in 0..inputs {
-                    sum = super::super::Plain::fma(x[i], panel[i * PANEL + o].to_f32(), sum);
+        fn blocks_compute_what_the_matrix_of_their_values_does(
+            kind in 3usize..Kind::ALL.len(), rows in 1usize..30, blocks in 1usize..9, outputs in 1usize..70, seed: u32,
+        ) {
+            let kind = Kind::ALL[kind];
+            let inputs = blocks * kind.block();
+            let source = weights(kind, [outputs, inputs], seed);
+            let x = values(rows * inputs, seed ^ 77);
+            let run = |source: &Weight| {
+                let mut out = vec![f32::NAN; rows * outputs];
+                matmul(&Panels::pack_rows(source, outputs, inputs), &x, &mut out);
+                out
+            };
+            prop_assert_eq!(run(&Weight::from_f32(&[outputs, inputs], &source.to_f32())), run(&source));
+        }
+
+        #[test]
+        fn every_width_of_registers_unpacks_the_same(kind in 0usize..Kind::ALL.len(), blocks in 1usize..5, seed: u32) {
+            let kind = Kind::ALL[kind];
+            let inputs = blocks * kind.block();
+            let source = weights(kind, [PANEL, inputs], seed);
+            let values = source.to_f32();
+            let want: Vec<f32> = (0..inputs * PANEL).map(|at| values[at % PANEL * inputs + at / PANEL]).collect();
+            struct Widths(usize);
+            impl WithPacked<Vec<Vec<f32>>> for Widths {
+                fn call(self, packed: &impl Packed) -> Vec<Vec<f32>> {
+                    let inputs = 0..self.0;
+                    let mut plain = vec![f32::NAN; self.0 * PANEL];
+                    packed.unpack_plain(0, inputs.clone(), &mut plain);
+                    let mut all = vec![plain; 3];
+                    #[cfg(target_arch = "x86_64")]
+                    {
+                        use super::super::{fused, simd, wide};
+                        if fused() {
+                            // SAFETY: the processor has the features.
+                            unsafe { packed.unpack::<simd::Narrow>(0, inputs.clone(), &mut all[1]) };
+                        }
+                        if wide() {
+                            // SAFETY: as above.
+                            unsafe { packed.unpack::<simd::Wide>(0, inputs, &mut all[2]) };
+                        }
+                    }
+                    all
                 }
-                prop_assert!((got - sum).abs() < 1e-4, "{got} {sum}");
+            }
+            let w = Panels::pack_rows(&source, PANEL, inputs);
+            let all = match &w.data {
+                Data::F32(data) => Widths(inputs).call(&Values { inputs, data }),
+                Data::F16(data) => Widths(inputs).call(&Values { inputs, data }),
+                Data::BF16(data) => Widths(inputs).call(&Values { inputs, data }),
+                Data::Quants(quants) => quants.packed(Widths(inputs)),
+            };
+            for got in all {
+                prop_assert_eq!(&got, &want, "{}", kind);
+            }
+        }
+
+        #[test]
+        fn every_width_of_registers_adds_the_same(
+            kind in 0usize..Kind::ALL.len(), rows in 1usize..4, blocks in 1usize..5, seed: u32,
+        ) {
+            let kind = Kind::ALL[kind];
+            let inputs = blocks * kind.block();
+            let source = weights(kind, [PANEL, inputs], seed);
+            let x = values(rows * inputs, seed ^ 5);
+            let w = Panels::pack_rows(&source, PANEL, inputs);
+            struct Widths<'a>(usize, &'a [f32]);
+            impl WithPacked<Vec<Vec<[f32; PANEL]>>> for Widths<'_> {
+                fn call(self, packed: &impl Packed) -> Vec<Vec<[f32; PANEL]>> {
+                    let rows = self.1.len() / self.0;
+                    let mut all = Vec::new();
+                    #[cfg(target_arch = "x86_64")]
+                    {
+                        use super::super::{fused, simd, wide};
+                        let x = (self.1, self.0);
+                        macro_rules! width {
+                            ($width:ty) => {{
+                                let mut sums = vec![[0f32; PANEL]; rows];
+                                // SAFETY: the processor has the features.
+                                unsafe {
+                                    match rows {
+                                        1 => packed.few::<$width, 1>(0, x, &mut sums),
+                                        2 => packed.few::<$width, 2>(0, x, &mut sums),
+                                        _ => packed.few::<$width, 3>(0, x, &mut sums),
+                                    }
+                                }
+                                all.push(sums);
+                            }};
+                        }
+                        if fused() {
+                            width!(simd::Narrow);
+                        }
+                        if wide() {
+                            width!(simd::Wide);
+                        }
+                    }
+                    let _ = (packed, rows);
+                    all
+                }
+            }
+            let all = match &w.data {
+                Data::F32(data) => Widths(inputs, &x).call(&Values { inputs, data }),
+                Data::F16(data) => Widths(inputs, &x).call(&Values { inputs, data }),
+                Data::BF16(data) => Widths(inputs, &x).call(&Values { inputs, data }),
+                Data::Quants(quants) => quants.packed(Widths(inputs, &x)),
+            };
+            let all_values = source.to_f32();
+            for sums in all {
+                for (row, sums) in sums.iter().enumerate() {
+                    for (o, got) in sums.iter().enumerate() {
+                        let fused = |sum: f32, i: usize| x[row * inputs + i].mul_add(all_values[o * inputs + i], sum);
+                        prop_assert_eq!(*got, (0..inputs).fold(0f32, fused), "{} output {}", kind, o);
+                    }
+                }
             }
         }
     }

@@ -15,7 +15,10 @@ mod kind;
 mod matmul;
 mod norm;
 mod quants;
+#[cfg(target_arch = "x86_64")]
+mod simd;
 mod team;
+mod tile;
 mod tiny_attention;
 mod weight;
 mod wkv1;

@@ -1,29 +1,25 @@
 //! Panels of quantised weights: integers side by side by outputs, with the scales of each run of inputs before them.
 //!
-//! Every kind's values are `d · (q - offset) + m`, with q an unsigned or signed small integer, d and m of a run of inputs
-//! and an output. Over a run, `Σ x · q` is taken in order; then the run's scales are applied once:
-//!
-//! ```text
-//! sum += d · (Σ x·q - offset · Σ x) + m · Σ x
-//! ```
-//!
-//! That is the one arithmetic of quantised weights, for one row of x as for many: few rows take the integers as they are
-//! stored, more rows unpack a run to f32 once for all of them, and both add the same numbers in the same order.
+//! Every kind's values are `d · q + m`, with q a small integer, d and m of a run of inputs and an output. They are unpacked to
+//! f32 where they are used, rounded as ggml rounds them, and then added up as weights of single values are: a quantised
+//! matrix computes what the f32 matrix of its values would, to the last bit. Few rows of x unpack in registers, more rows
+//! unpack a stretch of a panel once for all of them. Activations are never quantised.
 
-use super::Arith;
+use std::marker::PhantomData;
+use std::ops::Range;
+
 use super::blocks::from_f16;
 use super::kind::Kind;
-use super::matmul::{AHEAD, PANEL};
+use super::matmul::{PANEL, Packed};
 use super::parallel_chunks;
-
-/// The longest run, in inputs.
-pub const RUN: usize = 32;
-/// Runs of the largest block.
-const RUNS: usize = 16;
+#[cfg(target_arch = "x86_64")]
+use super::simd::Vector;
+#[cfg(target_arch = "x86_64")]
+use super::tile::{AHEAD, fetch};
 
 /// How a kind's values are made.
 #[derive(Clone, Copy, Debug)]
-struct Form {
+struct Shape {
     /// Bits of an integer: 4, 5, 6 or 8.
     bits: usize,
     /// What is taken off each integer.
@@ -34,7 +30,7 @@ struct Form {
     scales: usize,
 }
 
-const fn form(kind: Kind) -> Form {
+const fn shape(kind: Kind) -> Shape {
     let (bits, offset, run, scales) = match kind {
         Kind::Q8_0 => (8, 0.0, 32, 2),
         Kind::Q4_0 => (4, 8.0, 32, 2),
@@ -48,14 +44,14 @@ const fn form(kind: Kind) -> Form {
         Kind::Q6K => (6, 32.0, 16, 2 + 16),
         Kind::F32 | Kind::F16 | Kind::BF16 => (0, 0.0, 1, 0),
     };
-    Form { bits, offset, run, scales }
+    Shape { bits, offset, run, scales }
 }
 
 /// A packed matrix of `outputs × inputs` in a quantised kind.
 #[derive(Debug)]
 pub struct Quants {
-    pub kind: Kind,
-    pub inputs: usize,
+    kind: Kind,
+    inputs: usize,
     /// `[⌈outputs / PANEL⌉, inputs / block]` blocks of a panel: scales `[scales, PANEL]`, then the integers' lower 8 or 4
     /// bits, then what they have above 4.
     bytes: Vec<u8>,
@@ -116,7 +112,7 @@ fn plain(kind: Kind, block: &[u8]) -> Plain {
             plain.scales[2..18].copy_from_slice(&block[192..208]);
         }
         _ => {
-            let scales = form(kind).scales;
+            let scales = shape(kind).scales;
             plain.scales[..scales].copy_from_slice(&block[..scales]);
         }
     }
@@ -146,8 +142,8 @@ const fn place2(input: usize, output: usize) -> (usize, usize) {
 impl Quants {
     /// Bytes of a block of a panel.
     fn block_bytes(kind: Kind) -> usize {
-        let form = form(kind);
-        PANEL * (form.scales + kind.block() * form.bits / 8)
+        let shape = shape(kind);
+        PANEL * (shape.scales + kind.block() * shape.bits / 8)
     }
 
     /// Packs the rows of `source`, blocks of ggml's.
@@ -168,8 +164,8 @@ impl Quants {
 
     /// Puts one output's block into its place in a panel's.
     fn put(kind: Kind, plain: &Plain, output: usize, bytes: &mut [u8]) {
-        let form = form(kind);
-        let (scales, q) = bytes.split_at_mut(form.scales * PANEL);
+        let shape = shape(kind);
+        let (scales, q) = bytes.split_at_mut(shape.scales * PANEL);
         match kind {
             // Scales of two bytes are kept together; those of one byte stand side by side.
             Kind::Q4K | Kind::Q5K | Kind::Q6K => {
@@ -178,11 +174,11 @@ impl Quants {
                     let at = (word * PANEL + output) * 2;
                     scales[at..at + 2].copy_from_slice(&plain.scales[2 * word..2 * word + 2]);
                 }
-                let (bytes, single) = (&plain.scales[2 * words..form.scales], &mut scales[2 * words * PANEL..]);
+                let (bytes, single) = (&plain.scales[2 * words..shape.scales], &mut scales[2 * words * PANEL..]);
                 bytes.iter().enumerate().for_each(|(run, &byte)| single[run * PANEL + output] = byte);
             }
             _ => {
-                for word in 0..form.scales / 2 {
+                for word in 0..shape.scales / 2 {
                     let at = (word * PANEL + output) * 2;
                     scales[at..at + 2].copy_from_slice(&plain.scales[2 * word..2 * word + 2]);
                 }
@@ -190,319 +186,272 @@ impl Quants {
         }
         let high = kind.block() / 2 * PANEL;
         for (input, &value) in plain.q[..kind.block()].iter().enumerate() {
-            if form.bits == 8 {
+            if shape.bits == 8 {
                 q[input * PANEL + output] = value;
                 continue;
             }
             let (at, shift) = place4(input, output);
             q[at] |= (value & 15) << shift;
-            if form.bits == 5 {
+            if shape.bits == 5 {
                 let (at, shift) = place1(input, output);
                 q[high + at] |= (value >> 4) << shift;
-            } else if form.bits == 6 {
+            } else if shape.bits == 6 {
                 let (at, shift) = place2(input, output);
                 q[high + at] |= (value >> 4) << shift;
             }
         }
     }
 
-    /// The blocks of a panel.
-    pub fn panel(&self, panel: usize) -> std::slice::ChunksExact<'_, u8> {
-        let size = Self::block_bytes(self.kind);
-        let blocks = self.inputs / self.kind.block();
-        self.bytes[panel * blocks * size..][..blocks * size].chunks_exact(size)
+    fn blocks(&self) -> usize {
+        self.inputs / self.kind.block()
     }
 
-    /// Inputs of a run.
-    pub fn run(&self) -> usize {
-        form(self.kind).run
-    }
-
-    /// What is taken off every integer.
-    pub fn offset(&self) -> f32 {
-        form(self.kind).offset
-    }
-
-    /// Splits a block into its scales and the integers.
-    pub fn split<'a>(&self, block: &'a [u8]) -> (&'a [u8], &'a [u8]) {
-        block.split_at(form(self.kind).scales * PANEL)
+    /// Runs `with` on this as a matrix of its kind.
+    pub fn packed<R>(&self, with: impl WithPacked<R>) -> R {
+        match self.kind {
+            Kind::Q8_0 => with.call(&Of::<Q8_0>(self, PhantomData)),
+            Kind::Q4_0 => with.call(&Of::<Q4_0>(self, PhantomData)),
+            Kind::Q4_1 => with.call(&Of::<Q4_1>(self, PhantomData)),
+            Kind::Q5_0 => with.call(&Of::<Q5_0>(self, PhantomData)),
+            Kind::Q5_1 => with.call(&Of::<Q5_1>(self, PhantomData)),
+            Kind::Q4K => with.call(&Of::<Q4K>(self, PhantomData)),
+            Kind::Q5K => with.call(&Of::<Q5K>(self, PhantomData)),
+            Kind::Q6K => with.call(&Of::<Q6K>(self, PhantomData)),
+            Kind::F32 | Kind::F16 | Kind::BF16 => unreachable!("only quantised kinds are packed here"),
+        }
     }
 }
 
-/// `d` and `m` of every run of a block, `[runs, PANEL]` each; `m` only where the kind has minima.
-pub struct Scales {
-    pub d: [[f32; PANEL]; RUNS],
-    pub m: [[f32; PANEL]; RUNS],
+/// What is done with a matrix whatever its kind: a closure that is generic.
+pub trait WithPacked<R> {
+    fn call(self, packed: &impl Packed) -> R;
 }
 
-impl Scales {
-    pub const ZERO: Self = Self { d: [[0.0; PANEL]; RUNS], m: [[0.0; PANEL]; RUNS] };
+/// Repeats a body for n = 0 to 7, each time compiled for that n.
+#[cfg(target_arch = "x86_64")]
+macro_rules! unroll {
+    ($n:ident => $body:block) => {
+        unroll!(@ $n $body 0 1 2 3 4 5 6 7)
+    };
+    (@ $n:ident $body:block $($value:literal)*) => {
+        $({
+            const $n: usize = $value;
+            $body
+        })*
+    };
+}
 
-    /// Reads the scales of a block of a panel; says whether there are minima.
+/// A kind whose kernels are compiled for it.
+trait Form: Sync {
+    const KIND: Kind;
+    const FORM: Shape = shape(Self::KIND);
+}
+
+macro_rules! forms {
+    ($($name:ident)*) => {
+        $(struct $name;
+        impl Form for $name {
+            const KIND: Kind = Kind::$name;
+        })*
+    };
+}
+forms!(Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4K Q5K Q6K);
+
+/// Quants of a kind that the compiler knows.
+struct Of<'a, F>(&'a Quants, PhantomData<F>);
+
+impl<F: Form> Of<'_, F> {
+    const BLOCK: usize = F::KIND.block();
+    const RUN: usize = F::FORM.run;
+    const SCALES: usize = F::FORM.scales * PANEL;
+    /// Bytes of the lower bits of a block.
+    const LOW: usize = F::KIND.block() * PANEL * (if F::FORM.bits == 8 { 8 } else { 4 }) / 8;
+    const BYTES: usize = PANEL * (F::FORM.scales + F::KIND.block() * F::FORM.bits / 8);
+
+    fn panel(&self, panel: usize) -> &[u8] {
+        let size = self.0.blocks() * Self::BYTES;
+        &self.0.bytes[panel * size..][..size]
+    }
+
+    /// `d` and `m` of a run of a block at the outputs from `output` on.
+    ///
+    /// # Safety
+    /// As [`Vector`]; `block` is a whole one of a panel, with that run and those outputs.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    pub fn read(&mut self, kind: Kind, stored: &[u8]) -> bool {
-        let words = |word: usize| -> [f32; PANEL] {
-            let (words, _) = stored[word * 2 * PANEL..].as_chunks::<2>();
-            std::array::from_fn(|output| from_f16(words[output]))
-        };
-        let bytes = |at: usize| -> &[u8; PANEL] { stored[at..at + PANEL].try_into().expect("a panel has as many") };
-        match kind {
-            Kind::Q8_0 | Kind::Q4_0 | Kind::Q5_0 => {
-                self.d[0] = words(0);
-                false
-            }
-            Kind::Q4_1 | Kind::Q5_1 => {
-                self.d[0] = words(0);
-                self.m[0] = words(1);
-                true
-            }
-            Kind::Q4K | Kind::Q5K => {
-                let (d, dmin) = (words(0), words(1));
-                for run in 0..8 {
-                    let (scale, min) = (bytes((4 + run) * PANEL), bytes((12 + run) * PANEL));
-                    for o in 0..PANEL {
-                        self.d[run][o] = d[o] * f32::from(scale[o]);
-                        self.m[run][o] = -(dmin[o] * f32::from(min[o]));
-                    }
+    unsafe fn scales<V: Vector>(block: *const u8, run: usize, output: usize) -> (V, V) {
+        // SAFETY: words of two bytes and single bytes for every output of a panel, as `put` has laid them out.
+        unsafe {
+            let word = |word: usize| V::from_f16(block.add((word * PANEL + output) * 2));
+            let byte = |at: usize| block.add(at * PANEL + output);
+            let d = word(0);
+            match F::KIND {
+                Kind::Q4_1 | Kind::Q5_1 => (d, word(1)),
+                Kind::Q4K | Kind::Q5K => {
+                    let m = word(1).times(V::splat(-1.0)).times(V::from_u8(byte(12 + run)));
+                    (d.times(V::from_u8(byte(4 + run))), m)
                 }
-                true
-            }
-            Kind::Q6K => {
-                let d = words(0);
-                for run in 0..16 {
-                    let scale = bytes((2 + run) * PANEL);
-                    for o in 0..PANEL {
-                        self.d[run][o] = d[o] * f32::from(scale[o].cast_signed());
-                    }
+                Kind::Q6K => {
+                    let d = d.times(V::from_i8(byte(2 + run)));
+                    (d, d.times(V::splat(-F::FORM.offset)))
                 }
-                false
+                _ => (d, d.times(V::splat(-F::FORM.offset))),
             }
-            Kind::F32 | Kind::F16 | Kind::BF16 => false,
+        }
+    }
+
+    /// The integers of an input of a block, `eight + n`, at the outputs from `output` on. `eight` is a multiple of eight, and
+    /// what depends on `n` only is known to the compiler.
+    ///
+    /// # Safety
+    /// As [`Vector`]; `low` are the integers of a whole block of a panel, with that input and those outputs.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn integers<V: Vector>(low: *const u8, (eight, n): (usize, usize), output: usize) -> V {
+        let group = (output / 8) as i32;
+        // SAFETY: where `put` has put them, see `place4`, `place1` and `place2`.
+        unsafe {
+            let high = low.add(Self::LOW);
+            let four = || V::words(low.add(eight * 16 + n / 2 * 32), (n % 2 * 16) as i32 + 4 * group, 4, 15);
+            match F::FORM.bits {
+                8 => V::from_i8(low.add((eight + n) * PANEL + output)),
+                4 => V::from_nibbles(low.add(eight * 16 + n / 2 * 32), (n % 2 * 16) as i32 + 4 * group, 4),
+                5 => {
+                    let above = V::words(high.add(eight * 4), (n * 4) as i32 + group, 1, 1);
+                    V::from_words(V::join(four(), above))
+                }
+                _ => {
+                    let above = V::words(high.add(eight * 8 + n / 4 * 32), (n % 4 * 8) as i32 + 2 * group, 2, 3);
+                    V::from_words(V::join(four(), above))
+                }
+            }
         }
     }
 }
 
-/// The integers of a run as f32, `[run, PANEL]`, of the integers `q` of its block.
-#[inline(always)]
-pub fn integers(kind: Kind, q: &[u8], run: usize, out: &mut [f32]) {
-    let form = form(kind);
-    let first = run * form.run;
-    let out = out.as_chunks_mut::<PANEL>().0;
-    if form.bits == 8 {
-        let q = q[first * PANEL..].as_chunks::<PANEL>().0;
-        for (out, q) in out.iter_mut().zip(q) {
-            for (out, q) in out.iter_mut().zip(q) {
-                *out = f32::from(q.cast_signed());
+impl<F: Form> Packed for Of<'_, F> {
+    fn stored(&self, panel: usize, inputs: Range<usize>) -> &[u8] {
+        // Of a block that is larger than a stretch, its share.
+        let at = |input: usize| input * Self::BYTES / Self::BLOCK;
+        &self.panel(panel)[at(inputs.start)..at(inputs.end)]
+    }
+
+    fn unpack_plain(&self, panel: usize, inputs: Range<usize>, out: &mut [f32]) {
+        let blocks = self.panel(panel);
+        for (input, out) in inputs.zip(out.as_chunks_mut::<PANEL>().0) {
+            let block = &blocks[input / Self::BLOCK * Self::BYTES..][..Self::BYTES];
+            let input = input % Self::BLOCK;
+            for (output, out) in out.iter_mut().enumerate() {
+                let (d, m) = scale(F::KIND, block, input / Self::RUN, output);
+                // d · q has no more digits than an f32: here, too, only the sum is rounded.
+                *out = d * integer(F::KIND, &block[Self::SCALES..], input, output) + m;
             }
         }
-        return;
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn unpack<V: Vector>(&self, panel: usize, inputs: Range<usize>, out: &mut [f32]) {
+        let blocks = self.panel(panel);
+        assert!(inputs.start.is_multiple_of(Self::RUN) && out.len() == inputs.len() * PANEL);
+        let mut out = out.as_mut_ptr();
+        for first in inputs.step_by(Self::RUN) {
+            let block = &blocks[first / Self::BLOCK * Self::BYTES..][..Self::BYTES];
+            let first = first % Self::BLOCK;
+            for output in (0..PANEL).step_by(V::LANES) {
+                // SAFETY: the caller has looked for the features; the block is whole, and `out` has a place for each value.
+                unsafe {
+                    let (d, m) = Self::scales::<V>(block.as_ptr(), first / Self::RUN, output);
+                    for eight in (0..Self::RUN).step_by(8) {
+                        unroll!(N => {
+                            let q = Self::integers::<V>(block.as_ptr().add(Self::SCALES), (first + eight, N), output);
+                            q.fma(d, m).store(out.add((eight + N) * PANEL + output));
+                        });
+                    }
+                }
+            }
+            out = out.wrapping_add(Self::RUN * PANEL);
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn few<V: Vector, const R: usize>(
+        &self,
+        panel: usize,
+        (x, stride): (&[f32], usize),
+        sums: &mut [[f32; PANEL]],
+    ) {
+        assert!(sums.len() == R && x.len() >= (R - 1) * stride + self.0.inputs);
+        // SAFETY: the caller has looked for the features; blocks are whole, and each row has a value for every input.
+        unsafe {
+            let mut acc = [[V::splat(0.0); MOST_VECTORS]; R];
+            let vectors = PANEL / V::LANES;
+            for (n, block) in self.panel(panel).chunks_exact(Self::BYTES).enumerate() {
+                let (block, x) = (block.as_ptr(), x.as_ptr().add(n * Self::BLOCK));
+                for run in 0..Self::BLOCK / Self::RUN {
+                    let mut scales = [(V::splat(0.0), V::splat(0.0)); MOST_VECTORS];
+                    for (v, scales) in scales.iter_mut().enumerate().take(vectors) {
+                        *scales = Self::scales::<V>(block, run, v * V::LANES);
+                    }
+                    for eight in (run * Self::RUN..(run + 1) * Self::RUN).step_by(8) {
+                        unroll!(N => {
+                            fetch(block.wrapping_add(AHEAD + (eight + N) * Self::LOW / Self::BLOCK));
+                            for v in 0..vectors {
+                                let q = Self::integers::<V>(block.add(Self::SCALES), (eight, N), v * V::LANES);
+                                let weight = q.fma(scales[v].0, scales[v].1);
+                                for (r, acc) in acc.iter_mut().enumerate() {
+                                    acc[v] = V::splat(*x.add(r * stride + eight + N)).fma(weight, acc[v]);
+                                }
+                            }
+                        });
+                    }
+                }
+            }
+            for (acc, sums) in acc.iter().zip(sums) {
+                for (v, acc) in acc.iter().enumerate().take(vectors) {
+                    acc.store(sums.as_mut_ptr().add(v * V::LANES));
+                }
+            }
+        }
+    }
+}
+
+/// Vectors of a panel in the narrowest registers.
+#[cfg(target_arch = "x86_64")]
+const MOST_VECTORS: usize = PANEL / 8;
+
+/// `d` and `m` of a run of a block at an output.
+fn scale(kind: Kind, block: &[u8], run: usize, output: usize) -> (f32, f32) {
+    let word = |word: usize| {
+        let at = (word * PANEL + output) * 2;
+        from_f16([block[at], block[at + 1]])
+    };
+    let byte = |at: usize| block[at * PANEL + output];
+    let d = word(0);
+    match kind {
+        Kind::Q4_1 | Kind::Q5_1 => (d, word(1)),
+        Kind::Q4K | Kind::Q5K => (d * f32::from(byte(4 + run)), -(word(1) * f32::from(byte(12 + run)))),
+        Kind::Q6K => {
+            let d = d * f32::from(byte(2 + run).cast_signed());
+            (d, -shape(kind).offset * d)
+        }
+        _ => (d, -shape(kind).offset * d),
+    }
+}
+
+/// The integer of an input of a block at an output.
+fn integer(kind: Kind, q: &[u8], input: usize, output: usize) -> f32 {
+    let bits = shape(kind).bits;
+    if bits == 8 {
+        return f32::from(q[input * PANEL + output].cast_signed());
     }
     let (low, high) = q.split_at(kind.block() / 2 * PANEL);
-    let words = |bytes: &[u8], n: usize| -> [u32; 8] {
-        let (bytes, _) = bytes[n * 32..n * 32 + 32].as_chunks::<4>();
-        std::array::from_fn(|l| u32::from_le_bytes(bytes[l]))
+    let of = |bytes: &[u8], (at, shift): (usize, usize), mask: u8| bytes[at] >> shift & mask;
+    let above = match bits {
+        5 => of(high, place1(input, output), 1),
+        6 => of(high, place2(input, output), 3),
+        _ => 0,
     };
-    for (n, out) in out.iter_mut().enumerate() {
-        let input = first + n;
-        let low = words(low, input / 2);
-        // What an integer has above four bits, so many of them, is that input's of those that share a word.
-        let (above, bits, at) = match form.bits {
-            5 => (words(high, input / 8), 1, input % 8),
-            6 => (words(high, input / 4), 2, input % 4),
-            _ => ([0; 8], 0, 0),
-        };
-        let mask = (1u32 << bits) - 1;
-        for group in 0..4 {
-            let (shift, above_shift) = (4 * (input % 2 * 4 + group), bits * (at * 4 + group));
-            for l in 0..8 {
-                let value = low[l] >> shift & 15 | (above[l] >> above_shift & mask) << 4;
-                out[group * 8 + l] = value as f32;
-            }
-        }
-    }
-}
-
-/// Adds a run's part to `sums`: `products` = Σ x·q, `total` = Σ x.
-#[inline(always)]
-pub fn combine<A: Arith>(
-    products: &[f32; PANEL],
-    (offset, total): (f32, f32),
-    (d, m): (&[f32; PANEL], Option<&[f32; PANEL]>),
-    sums: &mut [f32; PANEL],
-) {
-    for o in 0..PANEL {
-        let product = A::fma(-offset, total, products[o]);
-        sums[o] = A::fma(d[o], product, sums[o]);
-    }
-    if let Some(m) = m {
-        for o in 0..PANEL {
-            sums[o] = A::fma(m[o], total, sums[o]);
-        }
-    }
-}
-
-/// Whether [`products`] takes integers of this kind as they are stored.
-pub fn direct(kind: Kind) -> bool {
-    cfg!(target_arch = "x86_64") && matches!(form(kind).bits, 4 | 8) && super::fused()
-}
-
-/// `Σ x·q` over a run of `R` rows of `x`, `stride` apart, in order and from 0: as unpacking the integers and multiplying
-/// them would, without the detour. Only of kinds that are [`direct`].
-#[cfg(target_arch = "x86_64")]
-pub fn products<const R: usize>(
-    kind: Kind,
-    (q, run): (&[u8], usize),
-    (x, stride): (&[f32], usize),
-    out: &mut [[f32; PANEL]],
-) {
-    let form = form(kind);
-    let bytes = form.run * PANEL * form.bits / 8;
-    let q = &q[run * bytes..][..bytes];
-    assert!(direct(kind) && out.len() == R && x.len() >= (R - 1) * stride + form.run);
-    // SAFETY: `direct` and `wide` have looked for the features; the integers of a run are there, and R rows of as many
-    // values.
-    unsafe {
-        match (form.bits, super::wide()) {
-            (8, true) => wide_products8::<R>(q, x, stride, out),
-            (8, false) => products8::<R>(q, x, stride, out),
-            (_, true) => wide_products4::<R>(q, x, stride, out),
-            (_, false) => products4::<R>(q, x, stride, out),
-        }
-    }
-}
-
-/// [`products8`] with registers of 512 bits.
-///
-/// # Safety
-/// AVX-512F; R rows of `x`, `stride` apart, with a value for each PANEL bytes of `q`.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn wide_products8<const R: usize>(q: &[u8], x: &[f32], stride: usize, out: &mut [[f32; PANEL]]) {
-    use std::arch::x86_64::*;
-    let mut sums = [[_mm512_setzero_ps(); 2]; R];
-    for (input, q) in q.as_chunks::<PANEL>().0.iter().enumerate() {
-        _mm_prefetch::<_MM_HINT_T0>(q.as_ptr().wrapping_add(AHEAD).cast());
-        for half in 0..2 {
-            // SAFETY: sixteen bytes of 32, twice.
-            let bytes = unsafe { _mm_loadu_si128(q.as_ptr().add(16 * half).cast()) };
-            let weights = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-            for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: a value of x for each row and input.
-                let x = _mm512_set1_ps(unsafe { *x.get_unchecked(r * stride + input) });
-                sums[half] = _mm512_fmadd_ps(x, weights, sums[half]);
-            }
-        }
-    }
-    // SAFETY: the same features.
-    unsafe { store_wide(&sums, out) };
-}
-
-/// [`products4`] with registers of 512 bits: one shift brings the integers of sixteen outputs down, and they choose their
-/// values from a table.
-///
-/// # Safety
-/// As [`wide_products8`], with a value for each PANEL halves of a byte; an even number of them.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn wide_products4<const R: usize>(q: &[u8], x: &[f32], stride: usize, out: &mut [[f32; PANEL]]) {
-    use std::arch::x86_64::*;
-    let mut sums = [[_mm512_setzero_ps(); 2]; R];
-    let values = _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0);
-    // Words 0 to 7 hold the outputs of a group, and a second time those of the next one.
-    let shifts = [0, 8, 16, 24].map(|s| _mm512_inserti64x4::<1>(_mm512_set1_epi32(s), _mm256_set1_epi32(s + 4)));
-    for (pair, q) in q.as_chunks::<32>().0.iter().enumerate() {
-        _mm_prefetch::<_MM_HINT_T0>(q.as_ptr().wrapping_add(AHEAD).cast());
-        // SAFETY: 32 bytes.
-        let words = _mm512_broadcast_i64x4(unsafe { _mm256_loadu_si256(q.as_ptr().cast()) });
-        for (n, shift) in shifts.into_iter().enumerate() {
-            // The table looks at the lowest four bits only.
-            let weights = _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shift), values);
-            for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: a value of x for each row and input.
-                let x = _mm512_set1_ps(unsafe { *x.get_unchecked(r * stride + 2 * pair + n / 2) });
-                sums[n % 2] = _mm512_fmadd_ps(x, weights, sums[n % 2]);
-            }
-        }
-    }
-    // SAFETY: the same features.
-    unsafe { store_wide(&sums, out) };
-}
-
-/// # Safety
-/// AVX-512F.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn store_wide<const R: usize>(sums: &[[std::arch::x86_64::__m512; 2]; R], out: &mut [[f32; PANEL]]) {
-    for (sums, out) in sums.iter().zip(out) {
-        for (half, sum) in sums.iter().enumerate() {
-            // SAFETY: sixteen values of 32, twice.
-            unsafe { std::arch::x86_64::_mm512_storeu_ps(out.as_mut_ptr().add(16 * half), *sum) };
-        }
-    }
-}
-
-/// # Safety
-/// AVX2 and FMA; R rows of `x`, `stride` apart, with a value for each PANEL bytes of `q`.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn products8<const R: usize>(q: &[u8], x: &[f32], stride: usize, out: &mut [[f32; PANEL]]) {
-    use std::arch::x86_64::*;
-    let mut sums = [[_mm256_setzero_ps(); 4]; R];
-    for (input, q) in q.as_chunks::<PANEL>().0.iter().enumerate() {
-        for group in 0..4 {
-            // SAFETY: eight bytes of 32 from 8 group on; a value of x for each row.
-            unsafe {
-                let words = _mm256_cvtepi8_epi32(_mm_loadl_epi64(q.as_ptr().add(8 * group).cast()));
-                let weights = _mm256_cvtepi32_ps(words);
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm256_broadcast_ss(&*x.as_ptr().add(r * stride + input));
-                    sums[group] = _mm256_fmadd_ps(x, weights, sums[group]);
-                }
-            }
-        }
-    }
-    for (sums, out) in sums.iter().zip(out) {
-        for (group, sum) in sums.iter().enumerate() {
-            // SAFETY: eight values of 32 from 8 group on.
-            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * group), *sum) };
-        }
-    }
-}
-
-/// # Safety
-/// As [`products8`], with a value for each PANEL halves of a byte; an even number of them.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn products4<const R: usize>(q: &[u8], x: &[f32], stride: usize, out: &mut [[f32; PANEL]]) {
-    use std::arch::x86_64::*;
-    let mut sums = [[_mm256_setzero_ps(); 4]; R];
-    let mask = _mm256_set1_epi32(15);
-    for (pair, q) in q.as_chunks::<32>().0.iter().enumerate() {
-        // SAFETY: 32 bytes.
-        let words = unsafe { _mm256_loadu_si256(q.as_ptr().cast()) };
-        macro_rules! eight {
-            ($input:literal, $group:literal, $shift:literal) => {
-                let weights = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<$shift>(words), mask));
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: a value of x for each row and input.
-                    let x = unsafe { _mm256_broadcast_ss(&*x.as_ptr().add(r * stride + 2 * pair + $input)) };
-                    sums[$group] = _mm256_fmadd_ps(x, weights, sums[$group]);
-                }
-            };
-        }
-        eight!(0, 0, 0);
-        eight!(0, 1, 4);
-        eight!(0, 2, 8);
-        eight!(0, 3, 12);
-        eight!(1, 0, 16);
-        eight!(1, 1, 20);
-        eight!(1, 2, 24);
-        eight!(1, 3, 28);
-    }
-    for (sums, out) in sums.iter().zip(out) {
-        for (group, sum) in sums.iter().enumerate() {
-            // SAFETY: eight values of 32 from 8 group on.
-            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * group), *sum) };
-        }
-    }
+    f32::from(of(low, place4(input, output), 15) | above << 4)
 }

@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 
 use super::kind::Kind;
+#[cfg(target_arch = "x86_64")]
+use super::simd::Vector;
 use super::{blocks, parallel_chunks};
 use crate::model::Error;
 use half::{bf16, f16};
@@ -23,24 +25,13 @@ pub trait Stored: Copy + Send + Sync + 'static {
     fn from_le(bytes: &[u8]) -> Self;
     fn to_f32(self) -> f32;
     fn zero() -> Self;
-    /// The same values, if they are f32 already.
-    fn as_f32(_: &[Self]) -> Option<&[f32]> {
-        None
-    }
 
-    /// Eight values as f32.
+    /// Some values as f32.
     ///
     /// # Safety
-    /// Eight values must be readable at `p`, and the processor must have AVX2 and F16C.
+    /// As [`Vector`].
     #[cfg(target_arch = "x86_64")]
-    unsafe fn load8(p: *const Self) -> std::arch::x86_64::__m256;
-
-    /// Sixteen values as f32.
-    ///
-    /// # Safety
-    /// Sixteen values must be readable at `p`, and the processor must have AVX-512F.
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn load16(p: *const Self) -> std::arch::x86_64::__m512;
+    unsafe fn load<V: Vector>(p: *const Self) -> V;
 }
 
 impl Stored for f32 {
@@ -56,22 +47,11 @@ impl Stored for f32 {
     fn zero() -> Self {
         0.0
     }
-    fn as_f32(values: &[Self]) -> Option<&[f32]> {
-        Some(values)
-    }
     #[cfg(target_arch = "x86_64")]
-    #[inline]
-    #[target_feature(enable = "avx2,f16c")]
-    unsafe fn load8(p: *const Self) -> std::arch::x86_64::__m256 {
-        // SAFETY: the caller's promise.
-        unsafe { std::arch::x86_64::_mm256_loadu_ps(p) }
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn load16(p: *const Self) -> std::arch::x86_64::__m512 {
-        // SAFETY: the caller's promise.
-        unsafe { std::arch::x86_64::_mm512_loadu_ps(p) }
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const Self) -> V {
+        // SAFETY: the caller's promise; all of these are plain bytes.
+        unsafe { V::load(p) }
     }
 }
 
@@ -89,20 +69,10 @@ impl Stored for f16 {
         f16::ZERO
     }
     #[cfg(target_arch = "x86_64")]
-    #[inline]
-    #[target_feature(enable = "avx2,f16c")]
-    unsafe fn load8(p: *const Self) -> std::arch::x86_64::__m256 {
-        use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps};
-        // SAFETY: the caller's promise; f16 is two plain bytes.
-        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn load16(p: *const Self) -> std::arch::x86_64::__m512 {
-        use std::arch::x86_64::{_mm256_loadu_si256, _mm512_cvtph_ps};
-        // SAFETY: the caller's promise; f16 is two plain bytes.
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const Self) -> V {
+        // SAFETY: the caller's promise; all of these are plain bytes.
+        unsafe { V::from_f16(p.cast()) }
     }
 }
 
@@ -120,20 +90,10 @@ impl Stored for bf16 {
         bf16::ZERO
     }
     #[cfg(target_arch = "x86_64")]
-    #[inline]
-    #[target_feature(enable = "avx2,f16c")]
-    unsafe fn load8(p: *const Self) -> std::arch::x86_64::__m256 {
-        use std::arch::x86_64::{_mm_loadu_si128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_slli_epi32};
-        // SAFETY: the caller's promise; a bf16 is the upper half of an f32.
-        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())))) }
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn load16(p: *const Self) -> std::arch::x86_64::__m512 {
-        use std::arch::x86_64::{_mm256_loadu_si256, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_slli_epi32};
-        // SAFETY: the caller's promise; a bf16 is the upper half of an f32.
-        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))) }
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const Self) -> V {
+        // SAFETY: the caller's promise; all of these are plain bytes.
+        unsafe { V::from_bf16(p.cast()) }
     }
 }
 

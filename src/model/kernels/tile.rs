@@ -1,0 +1,222 @@
+//! The innermost loops of the matrix kernels: some rows of x times some inputs of a panel, in the registers there are.
+
+use std::ops::Range;
+
+use super::matmul::{PANEL, Packed};
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Narrow, Vector, Wide};
+#[cfg(target_arch = "x86_64")]
+use super::weight::Stored;
+use super::{Arith, Plain};
+
+/// Bytes that are fetched from memory ahead of those that are used: processors look ahead no further than a page.
+#[cfg(target_arch = "x86_64")]
+pub const AHEAD: usize = 2048;
+/// Bytes that memory gives at once.
+#[cfg(target_arch = "x86_64")]
+const LINE: usize = 64;
+
+/// Up to how many rows are few: unpacking in registers is then quicker than doing it once for all of them.
+pub fn few(_: &impl Packed) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if super::wide() {
+            return 4;
+        }
+        if super::fused() {
+            return 3;
+        }
+    }
+    0
+}
+
+/// Asks memory for what will be read soon.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub fn fetch(p: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // SAFETY: a hint, which an address outside of everything does not hurt either.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) };
+}
+
+/// `sums [rows, PANEL]` = as many rows of `x`, `stride` apart, times a panel; no more rows than [`few`].
+pub fn few_rows(packed: &impl Packed, panel: usize, x: (&[f32], usize), sums: &mut [[f32; PANEL]]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        fn wide<const R: usize>(p: &impl Packed, panel: usize, x: (&[f32], usize), sums: &mut [[f32; PANEL]]) {
+            // SAFETY: the features are there.
+            unsafe { p.few::<Wide, R>(panel, x, sums) }
+        }
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn narrow<const R: usize>(p: &impl Packed, panel: usize, x: (&[f32], usize), sums: &mut [[f32; PANEL]]) {
+            // SAFETY: the features are there.
+            unsafe { p.few::<Narrow, R>(panel, x, sums) }
+        }
+        // SAFETY: `few` and `wide` have looked for the features.
+        unsafe {
+            match (sums.len(), super::wide()) {
+                (0, _) => {}
+                (1, true) => wide::<1>(packed, panel, x, sums),
+                (2, true) => wide::<2>(packed, panel, x, sums),
+                (3, true) => wide::<3>(packed, panel, x, sums),
+                (4, true) => wide::<4>(packed, panel, x, sums),
+                (1, false) => narrow::<1>(packed, panel, x, sums),
+                (2, false) => narrow::<2>(packed, panel, x, sums),
+                (3, false) => narrow::<3>(packed, panel, x, sums),
+                (rows, _) => unreachable!("{rows} rows are not few"),
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (packed, panel, x, sums);
+}
+
+/// `out [inputs, PANEL]` = some inputs of a panel as f32.
+pub fn unpack(packed: &impl Packed, panel: usize, inputs: Range<usize>, out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        fn wide(packed: &impl Packed, panel: usize, inputs: Range<usize>, out: &mut [f32]) {
+            // SAFETY: the features are there.
+            unsafe { packed.unpack::<Wide>(panel, inputs, out) }
+        }
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn narrow(packed: &impl Packed, panel: usize, inputs: Range<usize>, out: &mut [f32]) {
+            // SAFETY: the features are there.
+            unsafe { packed.unpack::<Narrow>(panel, inputs, out) }
+        }
+        if super::wide() {
+            // SAFETY: the processor has these features.
+            return unsafe { wide(packed, panel, inputs, out) };
+        }
+        if super::fused() {
+            // SAFETY: the processor has these features.
+            return unsafe { narrow(packed, panel, inputs, out) };
+        }
+    }
+    packed.unpack_plain(panel, inputs, out);
+}
+
+/// Adds to `sums [rows, PANEL]` what `x [rows, inputs]` and `weights [inputs, PANEL]` make, and meanwhile asks memory for
+/// `next`.
+pub fn many_rows(weights: &[f32], x: &[f32], sums: &mut [[f32; PANEL]], next: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if super::wide() {
+            // SAFETY: the processor has the features.
+            return unsafe { many_wide(weights, x, sums, next) };
+        }
+        if super::fused() {
+            // SAFETY: the processor has the features.
+            return unsafe { many_narrow(weights, x, sums, next) };
+        }
+    }
+    let _ = next;
+    let inputs = weights.len() / PANEL;
+    for (x, sums) in x.chunks_exact(inputs).zip(sums) {
+        for (x, weights) in x.iter().zip(weights.as_chunks::<PANEL>().0) {
+            for (sum, weight) in sums.iter_mut().zip(weights) {
+                *sum = Plain::fma(*x, *weight, *sum);
+            }
+        }
+    }
+}
+
+/// Twelve rows and two vectors at a time fill the 32 registers of AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+fn many_wide(weights: &[f32], x: &[f32], sums: &mut [[f32; PANEL]], next: &[u8]) {
+    let inputs = weights.len() / PANEL;
+    for (n, sums) in sums.chunks_mut(12).enumerate() {
+        let x = (&x[n * 12 * inputs..], inputs);
+        macro_rules! rows {
+            ($($rows:literal)*) => {
+                match (sums.len(), n) {
+                    // SAFETY: the features are there.
+                    $(($rows, 0) => unsafe { add::<Wide, f32, $rows, 2, LINE>(weights, x, (sums, 0), next.as_ptr()) },
+                    // SAFETY: as above.
+                    ($rows, _) => unsafe { add::<Wide, f32, $rows, 2, 0>(weights, x, (sums, 0), next.as_ptr()) },)*
+                    _ => unreachable!("a chunk has 1 to 12 rows"),
+                }
+            };
+        }
+        rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+    }
+}
+
+/// Six rows and two vectors at a time fill the 16 registers of AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn many_narrow(weights: &[f32], x: &[f32], sums: &mut [[f32; PANEL]], next: &[u8]) {
+    let inputs = weights.len() / PANEL;
+    for (n, sums) in sums.chunks_mut(6).enumerate() {
+        let x = (&x[n * 6 * inputs..], inputs);
+        for first in [0, PANEL / 2] {
+            macro_rules! rows {
+                ($($rows:literal)*) => {
+                    match (sums.len(), n + first) {
+                        // SAFETY: the features are there.
+                        $(($rows, 0) => unsafe { add::<Narrow, f32, $rows, 2, LINE>(weights, x, (sums, 0), next.as_ptr()) },
+                        // SAFETY: as above.
+                        ($rows, _) => unsafe { add::<Narrow, f32, $rows, 2, 0>(weights, x, (sums, first), next.as_ptr()) },)*
+                        _ => unreachable!("a chunk has 1 to 6 rows"),
+                    }
+                };
+            }
+            rows!(1 2 3 4 5 6);
+        }
+    }
+}
+
+/// Adds to the `sums` of R rows, from the output `first` on, at most G vectors of what those rows of `x`, `stride` apart, and
+/// `weights [inputs, PANEL]` make. Meanwhile memory is asked for `next`, a line every
+/// `FETCH` bytes and input, if that is not 0.
+///
+/// # Safety
+/// As [`Vector`].
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub unsafe fn add<V: Vector, T: Stored, const R: usize, const G: usize, const FETCH: usize>(
+    weights: &[T],
+    (x, stride): (&[f32], usize),
+    (sums, first): (&mut [[f32; PANEL]], usize),
+    next: *const u8,
+) {
+    let inputs = weights.len() / PANEL;
+    // Known to the compiler, as the registers have to be.
+    let vectors = G.min(PANEL / V::LANES);
+    assert!(first + vectors * V::LANES <= PANEL && sums.len() == R && x.len() >= (R - 1) * stride + inputs);
+    // SAFETY: the caller has looked for the features; the rows of `sums` hold that many vectors, and each row of `x` has a
+    // value for every input.
+    unsafe {
+        let mut acc = [[V::splat(0.0); G]; R];
+        for (acc, sums) in acc.iter_mut().zip(&*sums) {
+            for (v, acc) in acc.iter_mut().enumerate().take(vectors) {
+                *acc = V::load(sums.as_ptr().add(first + v * V::LANES));
+            }
+        }
+        let (mut w, x) = (weights.as_ptr().add(first), x.as_ptr());
+        for input in 0..inputs {
+            if FETCH > 0 {
+                fetch(next.wrapping_add(input * FETCH));
+            }
+            let mut weight = [V::splat(0.0); G];
+            for (v, weight) in weight.iter_mut().enumerate().take(vectors) {
+                *weight = T::load(w.add(v * V::LANES));
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = V::splat(*x.add(r * stride + input));
+                for (acc, weight) in acc.iter_mut().zip(weight).take(vectors) {
+                    *acc = x.fma(weight, *acc);
+                }
+            }
+            w = w.wrapping_add(PANEL);
+        }
+        for (acc, sums) in acc.iter().zip(sums) {
+            for (v, acc) in acc.iter().enumerate().take(vectors) {
+                acc.store(sums.as_mut_ptr().add(first + v * V::LANES));
+            }
+        }
+    }
+}
