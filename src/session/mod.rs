@@ -191,13 +191,13 @@ impl Sessions {
             turns: TaskTracker::new(),
             stop: CancellationToken::new(),
             busy: Busy::default(),
-            hub: Arc::new(Hub::new(StreamLimits::default())),
+            hub: Arc::new(Hub::new(StreamLimits::default(), false)),
         }
     }
 
-    /// With other limits of streams.
-    pub fn with_streams(self, limits: StreamLimits) -> Self {
-        Self { hub: Arc::new(Hub::new(limits)), ..self }
+    /// With other limits of streams; `shared` says that other servers have the same store.
+    pub fn with_streams(self, limits: StreamLimits, shared: bool) -> Self {
+        Self { hub: Arc::new(Hub::new(limits, shared)), ..self }
     }
 
     /// Begins to serve these models; the first is the default. Only the first call counts.

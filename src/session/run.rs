@@ -295,7 +295,7 @@ fn submit(model: &Model, jobs: Vec<Placed>, permits: Vec<Permit>) -> Outputs {
 /// Passes the jobs' events on, keeping what is to be kept before it is announced, until all are done. `texts` is what was
 /// sent of each choice before.
 async fn forward(mut outputs: Outputs, keeper: &mut Keeper, writer: &mut Writer, mut texts: BTreeMap<usize, String>) {
-    let mut next = outputs.next().await;
+    let mut next = writer.wait(&mut outputs).await;
     while let Some((first, output)) = next {
         match output {
             engine::Event::Text { choice, text, ids } => {
@@ -327,10 +327,10 @@ async fn forward(mut outputs: Outputs, keeper: &mut Keeper, writer: &mut Writer,
         }
         next = match writer.has_room().then(|| outputs.next().now_or_never()).flatten() {
             Some(ready) => ready,
-            None if writer.may_wait() => outputs.next().await,
+            None if writer.may_wait() => writer.wait(&mut outputs).await,
             None => {
                 writer.flush().await;
-                outputs.next().await
+                writer.wait(&mut outputs).await
             }
         };
     }

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use rewake::api::{Key, KeyHash};
+use rewake::api::{App, Key, KeyHash, router};
+use rewake::app::load_models;
 use rewake::config::Config;
-use rewake::state::InMemory;
+use rewake::session::{Sessions, StreamLimits};
+use rewake::state::{Archive, InMemory};
 use rewake::types::Tenant;
 use serde_json::{Value, json};
 
@@ -300,6 +302,48 @@ async fn responses_survive_a_restart() {
     assert_eq!((text(&done), &done["status"]), (text(&whole), &whole["status"]));
     let said: String = seen.iter().filter_map(|event| event["delta"].as_str()).collect();
     assert_eq!(said, text(&whole));
+}
+
+/// One of several servers over a store.
+fn sharing(store: Arc<InMemory>) -> Client {
+    let config = config();
+    let sessions = Sessions::new(Archive::new(store), config.turns.clone(), None);
+    let sessions = Arc::new(sessions.with_streams(StreamLimits::default(), true));
+    sessions.open(load_models(&config, &|_, _, _| {}).expect("the embedded model"));
+    let (keys, limits, strict) = (Vec::new(), config.requests.clone(), false);
+    let metrics = rewake::telemetry::metrics::install().expect("the recorder is installed once");
+    Client::of(router(App { sessions, keys, limits, strict, metrics }))
+}
+
+#[tokio::test]
+async fn a_response_can_be_polled_at_another_server() {
+    let store = Arc::new(InMemory::default());
+    let (here, there) = (sharing(store.clone()), sharing(store));
+    let endless = json!({"input": "x", "background": true, "max_output_tokens": 900_000, "logit_bias": {"0": -100}});
+    let id = id(&here.ok(RESPONSES, endless).await.json());
+    let mut stream = here.resume(&id, None).await.expect("it is there");
+    let path = format!("{RESPONSES}/{id}");
+    let mut last = 0;
+    for _ in 0..3 {
+        for _ in 0..100 {
+            let event = stream.next().await.expect("it goes on");
+            assert_ne!(event["type"], "response.failed", "{event}");
+        }
+        let seen = there.get(&path).await.json();
+        assert_eq!(seen["status"], "in_progress");
+        let length = text(&seen).len();
+        assert!(length > last);
+        last = length;
+    }
+    let cancelled = there.post(&format!("{path}/cancel"), json!({})).await.json();
+    assert_eq!(cancelled["status"], "cancelled");
+    assert!(text(&cancelled).len() >= last);
+    let mut event = Value::Null;
+    while let Some(next) = stream.next().await {
+        event = next;
+    }
+    assert_eq!(event["type"], "response.failed", "whoever listens here is told");
+    assert_eq!(here.get(&path).await.json(), cancelled);
 }
 
 /// Roles and texts of a conversation's items, oldest first.

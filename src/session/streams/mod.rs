@@ -104,6 +104,8 @@ impl Source {
 /// What all streams have in common.
 pub(super) struct Rules {
     limits: StreamLimits,
+    /// Other servers have the same store.
+    shared: bool,
     /// The server is about to stop: nobody is waited for.
     draining: AtomicBool,
     /// In the order in which they were left.
@@ -141,8 +143,8 @@ pub(super) struct Hub {
 }
 
 impl Hub {
-    pub fn new(limits: StreamLimits) -> Self {
-        let rules = Rules { limits, draining: AtomicBool::new(false), parked: Mutex::default() };
+    pub fn new(limits: StreamLimits, shared: bool) -> Self {
+        let rules = Rules { limits, shared, draining: AtomicBool::new(false), parked: Mutex::default() };
         Self {
             rules: Arc::new(rules),
             streams: Mutex::default(),
@@ -231,9 +233,10 @@ pub(super) struct NewStream<'a> {
 
 impl Sessions {
     /// Listens to a response, from its first event: a running one, or one that has ended and is still kept. A parked one
-    /// goes on; one that another process had begun is taken up.
+    /// goes on; one that another process has begun is taken up, also from one that is at it.
     pub async fn listen(&self, tenant: &Tenant, id: &str) -> Result<Running, Error> {
-        Ok(match self.locate(tenant, id).await? {
+        Ok(match self.locate(tenant, id, true).await? {
+            Found::Elsewhere(..) => return Err(Error::ResponseNotFound(id.into())),
             Found::Stream(stream) => Running::new(stream.facts.clone(), Source::Stream(stream.listen())),
             Found::Answer(answer) => {
                 let events = answer.events.into_iter().map(record::Told::event).collect();
@@ -244,7 +247,11 @@ impl Sessions {
 
     /// A response as it is now, without listening to it.
     pub async fn so_far(&self, tenant: &Tenant, id: &str) -> Result<SoFar, Error> {
-        Ok(match self.locate(tenant, id).await? {
+        Ok(match self.locate(tenant, id, false).await? {
+            Found::Elsewhere(facts, told) => {
+                let events = told.into_iter().map(record::Told::event).collect();
+                SoFar { facts, events, ended: false, detached: true }
+            }
             Found::Stream(stream) => {
                 let (events, ended) = stream.so_far();
                 SoFar { facts: stream.facts.clone(), events, ended, detached: stream.delivery.detach }
@@ -258,7 +265,7 @@ impl Sessions {
 
     /// Ends a running response; one that has ended is left as it is.
     pub async fn cancel(&self, tenant: &Tenant, id: &str) -> Result<(), Error> {
-        if let Found::Stream(stream) = self.locate(tenant, id).await? {
+        if let Found::Stream(stream) = self.locate(tenant, id, true).await? {
             stream.stop(Why::Cancelled);
             stream.wait().await;
         }
@@ -283,7 +290,8 @@ impl Sessions {
         Ok(())
     }
 
-    async fn locate(&self, tenant: &Tenant, id: &str) -> Result<Found, Error> {
+    /// Finds a response; `take` it from another server that is at it.
+    async fn locate(&self, tenant: &Tenant, id: &str, take: bool) -> Result<Found, Error> {
         let unknown = || Error::ResponseNotFound(id.into());
         if !(1..=128).contains(&id.len()) || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)) {
             return Err(unknown());
@@ -295,11 +303,13 @@ impl Sessions {
             let over = !answer.kept && answer.ended + self.hub.rules.limits.resume_window_s < clock::unix_seconds();
             return if over { Err(unknown()) } else { Ok(Found::Answer(Box::new(answer))) };
         }
-        self.revive(tenant, id).await?.ok_or_else(unknown)
+        self.revive(tenant, id, take).await?.ok_or_else(unknown)
     }
 }
 
 enum Found {
     Stream(Arc<Stream>),
     Answer(Box<record::Answer>),
+    /// Another server is at it; so much was sent there.
+    Elsewhere(Facts, Vec<record::Told>),
 }

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Facts;
 use crate::session::{Error, Event, StateError, StateReceipt, Turn};
+use crate::telemetry::clock;
 use crate::types::{Finish, StateId};
 
 /// An entry of a stream's journal.
@@ -12,8 +13,33 @@ use crate::types::{Finish, StateId};
 pub(in crate::session) enum Entry {
     /// The first: all that is needed to begin again.
     Begun(Box<Begun>),
-    /// Events, before anybody hears of them. None = another process goes on from here.
-    Told(Vec<Told>),
+    /// Events, before anybody hears of them. None = another process goes on from here, or this one still lives.
+    Told {
+        /// Unix seconds.
+        at: u64,
+        events: Vec<Told>,
+    },
+}
+
+impl Entry {
+    pub fn told(events: Vec<Told>) -> Self {
+        Self::Told { at: clock::unix_seconds(), events }
+    }
+
+    /// When it was written, in Unix seconds.
+    pub fn at(&self) -> u64 {
+        match self {
+            Self::Begun(begun) => begun.facts.created,
+            Self::Told { at, .. } => *at,
+        }
+    }
+
+    pub fn events(self) -> Vec<Told> {
+        match self {
+            Self::Begun(_) => Vec::new(),
+            Self::Told { events, .. } => events,
+        }
+    }
 }
 
 /// A response and how it began.

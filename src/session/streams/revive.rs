@@ -1,5 +1,7 @@
 //! Going on with what another process has begun.
 
+use std::time::Duration;
+
 use super::record::{Answer, Begun, Entry, Told};
 use super::{Facts, Found, Hub};
 use crate::engine::{Job, Replay};
@@ -8,6 +10,9 @@ use crate::session::{Error, Event, Sessions, Start, StateReceipt, Turn};
 use crate::state::{self, Archive, Journal, Put};
 use crate::telemetry::clock;
 use crate::types::{StateId, Tenant};
+
+/// A journal without an entry for so long has lost its writer, where several servers share a store.
+const ORPHANED: Duration = Duration::from_secs(20);
 
 /// A response of which a part was sent.
 pub(in crate::session) struct Resumed {
@@ -66,16 +71,24 @@ impl Resumed {
 }
 
 impl Sessions {
-    /// Takes up every response that another process has left behind unfinished. For a server that has its store to itself:
-    /// of servers that share one, the first to ask takes a response from whoever is at it, who then stops.
+    /// Takes up every response that another process has left behind unfinished. A server that shares its store does so again
+    /// and again, with those that nobody has been at for a while.
     pub async fn recover(&self) {
+        while self.hub.rules.shared {
+            tokio::time::sleep(ORPHANED).await;
+            self.recover_once().await;
+        }
+        self.recover_once().await;
+    }
+
+    async fn recover_once(&self) {
         let marked = match self.archive.running().await {
             Ok(marked) => marked,
             Err(error) => return tracing::error!(%error, "unfinished responses could not be listed"),
         };
         for (tenant, id) in marked {
             let revived = loop {
-                match self.revive(&tenant, &id).await {
+                match self.revive(&tenant, &id, false).await {
                     Err(Error::Full { retry_after }) => tokio::time::sleep(retry_after).await,
                     revived => break revived,
                 }
@@ -88,8 +101,9 @@ impl Sessions {
         }
     }
 
-    /// Takes up one response, if it has a journal and is not here already.
-    pub(super) async fn revive(&self, tenant: &Tenant, id: &str) -> Result<Option<Found>, Error> {
+    /// Takes up one response, if it has a journal and is not here already. One that another server is at is taken from it only
+    /// with `take`.
+    pub(super) async fn revive(&self, tenant: &Tenant, id: &str, take: bool) -> Result<Option<Found>, Error> {
         let _one = self.hub.reviving.lock().await;
         if let Some(stream) = self.hub.find(tenant, id) {
             return Ok(Some(Found::Stream(stream)));
@@ -103,17 +117,24 @@ impl Sessions {
         }
         let entries: Vec<Entry> = self.archive.entries(&journal).await?;
         let next = entries.len() as u64;
+        let age = clock::unix_seconds().saturating_sub(entries.last().map_or(0, Entry::at));
+        let elsewhere = self.hub.rules.shared && !take && age < ORPHANED.as_secs();
         let mut entries = entries.into_iter();
         let Some(Entry::Begun(begun)) = entries.next() else {
-            // The process was lost before it had begun, or after the answer was removed.
-            self.archive.unmark_running(tenant, id).await?;
+            // The process was lost before it had begun, or after the answer was removed; another one may be about to begin.
+            if !self.hub.rules.shared {
+                self.archive.unmark_running(tenant, id).await?;
+            }
             return Ok(None);
         };
         let Begun { facts, turn, parent } = *begun;
-        if self.archive.append(&journal, next, &Entry::Told(Vec::new())).await? == Put::Exists {
+        let told: Vec<Told> = entries.flat_map(Entry::events).collect();
+        if elsewhere {
+            return Ok(Some(Found::Elsewhere(facts, told)));
+        }
+        if self.archive.append(&journal, next, &Entry::told(Vec::new())).await? == Put::Exists {
             return Ok(None);
         }
-        let told = entries.flat_map(|entry| if let Entry::Told(told) = entry { told } else { Vec::new() }).collect();
         let resumed = Resumed { facts, parent, told, journal, next: next + 1 };
         self.go_on(turn, resumed).await.map(Some)
     }

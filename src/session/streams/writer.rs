@@ -1,6 +1,9 @@
 //! The way of a response's events: into its journal if it has one, then to whoever listens.
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{Stream as Outputs, StreamExt};
 
 use super::record::{Answer, Begun, Entry, Told};
 use super::{Hub, Resumed, Stream};
@@ -14,6 +17,9 @@ const TOGETHER: usize = 64;
 
 /// So many are waited for while nobody listens: fewer and larger entries.
 const UNHEARD: usize = 32;
+
+/// A journal has an entry at least so often.
+const BEAT: Duration = Duration::from_secs(5);
 
 /// Writes one stream.
 pub(in crate::session) struct Writer {
@@ -80,6 +86,31 @@ impl Writer {
         self.has_room() && self.held.len() < UNHEARD && !self.stream.is_heard()
     }
 
+    /// The next output, or `None` at the end. Meanwhile those who read the journal see that somebody is at it.
+    pub async fn wait<T>(&mut self, outputs: &mut (impl Outputs<Item = T> + Unpin)) -> Option<T> {
+        loop {
+            if self.journal.is_none() {
+                return outputs.next().await;
+            }
+            match tokio::time::timeout(BEAT, outputs.next()).await {
+                Ok(next) => return next,
+                Err(_) => self.beat().await,
+            }
+        }
+    }
+
+    /// Writes an entry though nothing has happened.
+    async fn beat(&mut self) {
+        if !self.held.is_empty() {
+            return self.flush().await;
+        }
+        if let Some(open) = &mut self.journal
+            && self.archive.append(&open.journal, open.next, &Entry::told(Vec::new())).await == Ok(Put::Created)
+        {
+            open.next += 1;
+        }
+    }
+
     /// Makes what is held durable, if it must be, and lets everybody hear of it.
     pub async fn flush(&mut self) {
         if self.held.is_empty() || self.over {
@@ -90,7 +121,7 @@ impl Writer {
         }
         let told = self.held.iter().map(|(event, ids)| Told::new(event, ids)).collect();
         if let Some(open) = &mut self.journal {
-            match self.archive.append(&open.journal, open.next, &Entry::Told(told)).await {
+            match self.archive.append(&open.journal, open.next, &Entry::told(told)).await {
                 Ok(Put::Created) => open.next += 1,
                 Ok(Put::Exists) => {
                     self.journal = None;
