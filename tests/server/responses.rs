@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 use crate::server::{CHAT, Client, Process, Server, config};
 use crate::with;
 
+// Answers that must not end by themselves ban the end of the document and the line break, of which two end an answer.
+
 const RESPONSES: &str = "/v1/responses";
 
 fn ask(input: &str) -> Value {
@@ -220,8 +222,7 @@ async fn a_response_in_the_background_is_polled_or_cancelled() {
     let response = ended(&client, &id(&begun)).await;
     assert_eq!(text(&response), text(&client.ok(RESPONSES, ask("Hello.")).await.json()));
 
-    let endless =
-        json!({"input": "Hello.", "background": true, "max_output_tokens": 900_000, "logit_bias": {"0": -100}});
+    let endless = json!({"input": "Hello.", "background": true, "max_output_tokens": 900_000, "logit_bias": {"0": -100, "199": -100}});
     let begun = client.ok(RESPONSES, with(endless, json!({"seed": 3}))).await.json();
     let path = format!("{RESPONSES}/{}", id(&begun));
     let on = client.post(RESPONSES, with(ask("More."), json!({"previous_response_id": id(&begun)}))).await;
@@ -273,7 +274,7 @@ async fn responses_survive_a_restart() {
     let conversation = client.ok("/v1/conversations", json!({})).await.json();
     let in_it = |input: &str| with(ask(input), json!({ "conversation": id(&conversation) }));
     client.ok(RESPONSES, in_it("Hello.")).await;
-    let long = json!({"input": "Tell me all.", "background": true, "seed": 5, "max_output_tokens": 300, "logit_bias": {"0": -100}});
+    let long = json!({"input": "Tell me all.", "background": true, "seed": 5, "max_output_tokens": 300, "logit_bias": {"0": -100, "199": -100}});
     let background = client.ok(RESPONSES, long.clone()).await.json();
     let mut stream = client.resume(&id(&background), None).await.expect("it is there");
     let mut seen = Vec::new();
@@ -319,7 +320,8 @@ fn sharing(store: Arc<InMemory>) -> Client {
 async fn a_response_can_be_polled_at_another_server() {
     let store = Arc::new(InMemory::default());
     let (here, there) = (sharing(store.clone()), sharing(store));
-    let endless = json!({"input": "x", "background": true, "max_output_tokens": 900_000, "logit_bias": {"0": -100}});
+    let endless =
+        json!({"input": "x", "background": true, "max_output_tokens": 900_000, "logit_bias": {"0": -100, "199": -100}});
     let id = id(&here.ok(RESPONSES, endless).await.json());
     let mut stream = here.resume(&id, None).await.expect("it is there");
     let path = format!("{RESPONSES}/{id}");
@@ -464,7 +466,8 @@ async fn what_is_another_s_is_unknown() {
     let (ann, bob) = (server.client().with_key("sk-ann"), server.client().with_key("sk-bob"));
     let response = id(&ann.ok(RESPONSES, ask("A secret.")).await.json());
     let conversation = id(&ann.ok("/v1/conversations", json!({})).await.json());
-    let running = json!({"input": "x", "background": true, "max_output_tokens": 900_000, "logit_bias": {"0": -100}});
+    let running =
+        json!({"input": "x", "background": true, "max_output_tokens": 900_000, "logit_bias": {"0": -100, "199": -100}});
     let running = id(&ann.ok(RESPONSES, running).await.json());
     for id in [&response, &running] {
         for path in [
