@@ -74,11 +74,13 @@ impl Sessions {
     /// Takes up every response that another process has left behind unfinished. A server that shares its store does so again
     /// and again, with those that nobody has been at for a while.
     pub async fn recover(&self) {
-        while self.hub.rules.shared {
+        if !self.hub.rules.shared {
+            return self.recover_once().await;
+        }
+        loop {
             tokio::time::sleep(ORPHANED).await;
             self.recover_once().await;
         }
-        self.recover_once().await;
     }
 
     async fn recover_once(&self) {
