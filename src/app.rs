@@ -45,6 +45,7 @@ impl App {
     pub fn with_store(config: &Config, store: Arc<dyn Store>) -> anyhow::Result<Self> {
         let ttl = (config.states.default_ttl_s > 0).then_some(config.states.default_ttl_s);
         let sessions = Sessions::new(Archive::new(store), config.turns.clone(), ttl);
+        let sessions = sessions.with_prefix_cache(&config.prefix_cache);
         let sessions = Arc::new(sessions.with_streams(config.streams.clone(), false));
         let router = api::router(api::App {
             sessions: sessions.clone(),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::api::{ApiLimits, Key};
-use crate::session::{StreamLimits, TurnLimits};
+use crate::session::{PrefixLimits, StreamLimits, TurnLimits};
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
 use crate::types::{InitialName, readable};
@@ -20,6 +20,7 @@ pub struct Config {
     pub requests: ApiLimits,
     pub turns: TurnLimits,
     pub streams: StreamLimits,
+    pub prefix_cache: PrefixLimits,
     pub log: LogConfig,
     /// Served models, the default first; none = the embedded one.
     pub model: Vec<Model>,
@@ -231,6 +232,7 @@ impl Config {
             ("requests.body_bytes", self.requests.body_bytes, 1 << 40),
             ("requests.choices", self.requests.choices, 1 << 15),
             ("requests.prompts", self.requests.prompts, 1 << 15),
+            ("prefix_cache.spacing", self.prefix_cache.spacing, 1 << 20),
             ("turns.prompt_tokens", self.turns.prompt_tokens, usize::MAX),
             ("turns.max_tokens", self.turns.max_tokens as usize, usize::MAX),
             ("turns.default_max_tokens", self.turns.default_max_tokens as usize, usize::MAX),

@@ -3,14 +3,14 @@
 #[path = "support/toy.rs"]
 mod toy;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
-use rewake::engine::{Event, Handle, Job, Kept, Pause, Replay};
+use rewake::engine::{Checkpoint, Checkpoints, Event, Handle, Job, Kept, Pause, Replay};
 use rewake::scheduler::Limits;
 use rewake::text::{self, Trim};
-use rewake::types::{Finish, Memory, Sampling, Tenant};
+use rewake::types::{Finish, Memory, Sampling, SegmentData, Tenant};
 use tokio::sync::mpsc::UnboundedReceiver;
 use toy::{Failure, Toy};
 
@@ -38,6 +38,7 @@ fn job(prompt: &str) -> Job {
         trim: Trim::default(),
         max_tokens: 40,
         keep: false,
+        checkpoints: None,
         pause: Pause::default(),
         replay: Replay::default(),
     }
@@ -196,6 +197,74 @@ proptest! {
         prop_assert_eq!(turn, one_shot);
         let (a, b) = (after_turn.expect("kept").memory, after_one_shot.expect("kept").memory);
         prop_assert_eq!(a, b);
+    }
+}
+
+/// A job of which states on the way are wanted, and where they will be.
+fn watched(job: Job, at: Vec<usize>, answers: bool) -> (Job, Arc<Mutex<Vec<Checkpoint>>>) {
+    let seen = Arc::<Mutex<Vec<Checkpoint>>>::default();
+    let to = seen.clone();
+    let to = Arc::new(move |checkpoint| to.lock().expect("no panic").push(checkpoint));
+    (Job { checkpoints: Some(Checkpoints { at, answers, to }), ..job }, seen)
+}
+
+/// The state that has read exactly `ids`.
+fn state_after(engine: &Handle, ids: Vec<u32>) -> Vec<SegmentData> {
+    let at = vec![ids.len()];
+    let (job, seen) = watched(Job { ids, max_tokens: 1, ..job("") }, at, false);
+    run(engine, job);
+    seen.lock().expect("no panic").remove(0).segments
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn states_on_the_way_have_read_what_they_say(
+        prompt in "[ab]{1,60}", at in proptest::collection::btree_set(1usize..60, 0..8), seed: u64, choices in 1usize..4,
+        stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé", "\u{20ac}"], 0..3),
+        start: bool, end: bool, keep: bool, max_tokens in 1u64..30,
+    ) {
+        let engine = engine(toy());
+        let mut plain = job(&prompt);
+        plain.sampling.seed = seed;
+        (plain.stop, plain.trim) = (stops, Trim { start, end });
+        (plain.choices, plain.keep, plain.max_tokens) = (choices, keep, max_tokens);
+        let at: Vec<usize> = at.into_iter().filter(|&at| at <= prompt.len()).collect();
+        let (wanted, seen) = watched(plain.clone(), at.clone(), true);
+        let answers = |job: Job| -> Vec<_> {
+            let all = collect(submit(&engine, job), choices).expect("answers").into_iter();
+            all.map(|(answer, kept)| (answer, kept.map(|kept| (kept.ids, kept.memory)))).collect()
+        };
+        let with = answers(wanted);
+        prop_assert_eq!(&with, &answers(plain.clone()));
+
+        let seen = std::mem::take(&mut *seen.lock().expect("no panic"));
+        prop_assert_eq!(seen.len(), at.len() + choices);
+        let whole = vec![prompt.len(); choices];
+        prop_assert_eq!(seen.iter().map(|c| c.read).collect::<Vec<_>>(), [at, whole].concat());
+        for Checkpoint { read, answer, segments } in seen {
+            let ids = [&plain.ids[..read], &answer].concat();
+            prop_assert_eq!(segments, state_after(&engine, ids));
+            // Somebody received it; what it ends with may be the beginning of a character.
+            let said = String::from_utf8_lossy(&text::bytes().decode(&answer)).trim_start().to_owned();
+            let heard = with.iter().any(|(answer, _)| answer.text.trim_start().starts_with(said.trim_end_matches('\u{fffd}')));
+            prop_assert!(heard, "{:?} of {:?}", said, with);
+        }
+    }
+
+    #[test]
+    fn a_job_goes_on_from_any_state_on_its_way(prompt in "[ab]{2,60}", at in any::<prop::sample::Index>(), seed: u64) {
+        let engine = engine(toy());
+        let mut whole = job(&prompt);
+        whole.sampling = Sampling { seed, repetition_penalty: 1.3, ..whole.sampling };
+        whole.keep = true;
+        let at = 1 + at.index(prompt.len() - 1);
+        let (ids, tail) = (whole.ids[at..].to_vec(), whole.ids[..at].to_vec());
+        let segments = state_after(&engine, tail.clone());
+        let memory = Memory { segments, consumed: at as u64, tail, ..Memory::default() };
+        let (a, b) = (run(&engine, Job { ids, memory: Some(Arc::new(memory)), ..whole.clone() }), run(&engine, whole));
+        prop_assert_eq!((a.0, a.1.expect("kept").memory), (b.0, b.1.expect("kept").memory));
     }
 }
 

@@ -14,6 +14,7 @@ enum Op {
         tenant: usize,
         tokens: usize,
         lives: Vec<Vec<usize>>,
+        stops: Vec<usize>,
     },
     /// Of the jobs there are, the one at this place.
     Cancel(prop::sample::Index),
@@ -35,6 +36,8 @@ fn tenant(index: usize) -> Tenant {
 struct Known {
     tenant: usize,
     tokens: usize,
+    /// Where a span of the prompt must end.
+    stops: Vec<usize>,
     /// Prompt tokens read.
     read: usize,
     /// Spans still to come after the present one, for each choice; `None` = done.
@@ -72,8 +75,14 @@ impl Known {
         self.lives.iter().flatten().count()
     }
 
-    fn unread(&self) -> usize {
-        if self.seats.is_empty() { 0 } else { self.tokens - self.read }
+    /// Where its next span must end at the latest.
+    fn stop(&self) -> usize {
+        self.stops.iter().copied().find(|&stop| stop > self.read).unwrap_or(self.tokens).min(self.tokens)
+    }
+
+    /// How much of its prompt can be read in one step.
+    fn demand(&self) -> usize {
+        if self.seats.is_empty() { 0 } else { self.stop() - self.read }
     }
 }
 
@@ -97,7 +106,7 @@ impl World {
 
     fn apply(&mut self, op: &Op) -> Option<Plan> {
         match op {
-            Op::Submit { tenant, tokens, lives } => self.submit(*tenant, *tokens, lives),
+            Op::Submit { tenant, tokens, lives, stops } => self.submit(*tenant, *tokens, lives, stops),
             Op::Cancel(index) => self.cancel(index),
             Op::EndChoice(index, choice) => self.end_choice(index, *choice),
             Op::Park(index) => self.park(index),
@@ -107,10 +116,11 @@ impl World {
         None
     }
 
-    fn submit(&mut self, owner: usize, tokens: usize, lives: &[Vec<usize>]) {
+    fn submit(&mut self, owner: usize, tokens: usize, lives: &[Vec<usize>], stops: &[usize]) {
         let (id, seats) = (JobId(self.next), lives.len());
         self.next += 1;
-        let result = self.scheduler.submit(id, Need { tenant: tenant(owner), tokens, seats });
+        let stops = stops.to_vec();
+        let result = self.scheduler.submit(id, Need { tenant: tenant(owner), tokens, seats, stops: stops.clone() });
         if seats > self.limits.seats {
             assert_eq!(result, Err(Error::TooLarge { needs: seats, seats: self.limits.seats }));
         } else if self.queues.iter().flatten().filter(|id| !self.jobs[id].again).count() == self.limits.queue {
@@ -124,7 +134,8 @@ impl World {
             let lives: Vec<_> = lives.iter().map(|life| Some(life.iter().copied().collect())).collect();
             let (waiting, moved) = (vec![0; seats], vec![false; seats]);
             let (read, hungry, parked, again, seats) = (0, 0, false, false, Vec::new());
-            let known = Known { tenant: owner, tokens, read, lives, waiting, moved, seats, parked, again, hungry };
+            let tenant = owner;
+            let known = Known { tenant, tokens, stops, read, lives, waiting, moved, seats, parked, again, hungry };
             self.jobs.insert(id, known);
         }
         self.compare();
@@ -276,13 +287,13 @@ impl World {
         let budget = if decoding > 0 { self.limits.busy_budget } else { self.limits.budget };
         let mut demand = [0; 4];
         let mut share = [0; 4];
-        self.jobs.values().for_each(|job| demand[job.tenant] += job.unread());
+        self.jobs.values().for_each(|job| demand[job.tenant] += job.demand());
         for span in &plan.spans[decoding..] {
             assert_eq!(span.choice, None, "prompts come after all that decodes");
             let job = self.jobs.get_mut(&span.job).unwrap();
             assert_eq!((span.from, span.seat), (job.prompt_seat(), job.prompt_seat()));
             assert_eq!(span.tokens.start, job.read);
-            assert!(!span.tokens.is_empty() && span.tokens.end <= job.tokens);
+            assert!(!span.tokens.is_empty() && span.tokens.end <= job.stop());
             assert_eq!(span.last, span.tokens.end == job.tokens);
             job.read = span.tokens.end;
             share[job.tenant] += span.tokens.len();
@@ -350,9 +361,12 @@ fn limits() -> impl Strategy<Value = Limits> {
 
 fn op() -> impl Strategy<Value = Op> {
     let life = prop::collection::vec(1..4usize, 0..6);
-    let submit = (0..4usize, 1..60usize, prop::collection::vec(life, 1..8));
+    let stops = prop_oneof![2 => Just(BTreeSet::new()), 1 => prop::collection::btree_set(0..70usize, 1..6)];
+    let submit = (0..4usize, 1..60usize, prop::collection::vec(life, 1..8), stops);
     prop_oneof![
-        6 => submit.prop_map(|(tenant, tokens, lives)| Op::Submit { tenant, tokens, lives }),
+        6 => submit.prop_map(|(tenant, tokens, lives, stops)| {
+            Op::Submit { tenant, tokens, lives, stops: stops.into_iter().collect() }
+        }),
         1 => any::<prop::sample::Index>().prop_map(Op::Cancel),
         1 => (any::<prop::sample::Index>(), 0..8usize).prop_map(|(job, choice)| Op::EndChoice(job, choice)),
         1 => any::<prop::sample::Index>().prop_map(Op::Park),
@@ -384,12 +398,12 @@ proptest! {
 #[test]
 fn many_seats_are_had_in_the_end() {
     let mut world = World::new(Limits { seats: 4, queue: 64, budget: 8, busy_budget: 4 });
-    let small = Op::Submit { tenant: 1, tokens: 2, lives: vec![vec![1, 1, 1]] };
+    let small = Op::Submit { tenant: 1, tokens: 2, lives: vec![vec![1, 1, 1]], stops: vec![] };
     (0..8).for_each(|_| {
         world.apply(&small);
     });
     world.step();
-    world.apply(&Op::Submit { tenant: 0, tokens: 2, lives: vec![vec![1]; 4] });
+    world.apply(&Op::Submit { tenant: 0, tokens: 2, lives: vec![vec![1]; 4], stops: vec![1] });
     let large = JobId(world.next - 1);
     let steps = (0..16).take_while(|_| {
         world.apply(&small);

@@ -12,6 +12,8 @@ mod errors;
 mod initial;
 #[path = "server/laws.rs"]
 mod laws;
+#[path = "server/prefix.rs"]
+mod prefix;
 #[path = "server/process.rs"]
 mod process;
 #[path = "server/responses.rs"]

@@ -9,6 +9,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 
 use super::error::{Error, Failure};
+use crate::session::Cached;
 use crate::telemetry::{clock, metrics};
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -37,7 +38,7 @@ struct Facts {
 struct TurnFacts {
     model: String,
     prompt_tokens: u64,
-    cached_tokens: u64,
+    cached_tokens: Cached,
     completion_tokens: u64,
     /// When each choice last had text.
     heard: Vec<Option<Instant>>,
@@ -87,18 +88,18 @@ impl Record {
 
     /// A turn was accepted.
     pub fn begins(&self, facts: &crate::session::Facts) {
-        self.begins_as(&facts.model, facts.prompt_tokens, facts.cached_tokens, facts.choices);
+        self.begins_as(&facts.model, facts.prompt_tokens, facts.cached_tokens.clone(), facts.choices);
     }
 
     /// Somebody goes on reading a turn that another request has begun, and whose prompt was counted there.
     pub fn goes_on(&self, running: &crate::session::Running) {
         let facts = &running.facts;
         if !running.over {
-            self.begins_as(&facts.model, 0, 0, facts.choices);
+            self.begins_as(&facts.model, 0, Cached::default(), facts.choices);
         }
     }
 
-    fn begins_as(&self, model: &str, prompt_tokens: u64, cached_tokens: u64, choices: usize) {
+    fn begins_as(&self, model: &str, prompt_tokens: u64, cached_tokens: Cached, choices: usize) {
         self.facts().turn = Some(TurnFacts {
             model: model.into(),
             prompt_tokens,
@@ -168,7 +169,7 @@ impl Drop for Line {
         let turn = facts.turn.as_ref();
         if let Some(turn) = turn {
             metrics::turn(&turn.model, outcome);
-            metrics::tokens(&turn.model, turn.prompt_tokens, turn.cached_tokens, turn.completion_tokens);
+            metrics::tokens(&turn.model, turn.prompt_tokens, turn.cached_tokens.get(), turn.completion_tokens);
         }
         let detail = facts.failure.as_ref().and_then(|failure| failure.detail.as_deref());
         macro_rules! line {
@@ -183,7 +184,7 @@ impl Drop for Line {
                     error = detail,
                     model = turn.map(|t| t.model.as_str()),
                     prompt_tokens = turn.map(|t| t.prompt_tokens),
-                    cached_tokens = turn.map(|t| t.cached_tokens),
+                    cached_tokens = turn.map(|t| t.cached_tokens.get()),
                     completion_tokens = turn.map(|t| t.completion_tokens),
                     ttft_ms = turn.and_then(|t| t.first).map(|first| millis(first - self.started)),
                     ms = millis(took),
@@ -261,7 +262,7 @@ mod tests {
     fn facts(status: Option<u16>, code: Option<&'static str>, ended: Option<bool>) -> Facts {
         let record = Record::new("id".into(), &Method::POST, "/x".into());
         if let Some(ended) = ended {
-            record.begins_as("m", 3, 1, 1);
+            record.begins_as("m", 3, 1.into(), 1);
             record.text(0);
             record.completed(2);
             if ended {
@@ -291,7 +292,7 @@ mod tests {
     #[test]
     fn a_turn_counts_its_tokens() {
         let turn = facts(Some(200), None, Some(true)).turn.unwrap();
-        assert_eq!((turn.prompt_tokens, turn.cached_tokens, turn.completion_tokens), (3, 1, 2));
+        assert_eq!((turn.prompt_tokens, turn.cached_tokens.get(), turn.completion_tokens), (3, 1, 2));
         assert!(turn.first.is_some() && turn.heard == [turn.first]);
     }
 }

@@ -19,7 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::scheduler::Limits;
 use crate::text::{Tokenizer, Trim};
-use crate::types::{Finish, Memory, Sampling, Tenant};
+use crate::types::{Finish, Memory, Sampling, SegmentData, Tenant};
 
 pub use crate::model::ARITHMETIC;
 pub use backend::{Backend, ModelBackend};
@@ -52,12 +52,48 @@ pub struct Job {
     pub pause: Pause,
     /// What an earlier process had sent of it; empty for a job of several choices.
     pub replay: Replay,
+    /// Which states on the way are wanted.
+    pub checkpoints: Option<Checkpoints>,
+}
+
+/// States on a job's way that are wanted.
+#[derive(Clone)]
+pub struct Checkpoints {
+    /// After so many of the job's ids each, ascending and not 0. Each makes a step's span end there.
+    pub at: Vec<usize>,
+    /// Whether the state at the end of each choice is wanted too.
+    pub answers: bool,
+    /// Hears of them, on the engine's thread and before whoever listens to the job hears of what follows, so that a request
+    /// made in reply finds them. It must be quick. Dropped when the job leaves the engine.
+    pub to: Arc<dyn Fn(Checkpoint) + Send + Sync>,
+}
+
+/// A state that has read exactly these ids, and nothing that a client did not receive.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    /// How many of the job's.
+    pub read: usize,
+    /// Then these of an answer.
+    pub answer: Vec<u32>,
+    pub segments: Vec<SegmentData>,
+}
+
+impl std::fmt::Debug for Checkpoints {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { at, answers, to: _ } = self;
+        f.debug_struct("Checkpoints").field("at", at).field("answers", answers).finish_non_exhaustive()
+    }
 }
 
 impl Job {
     /// Absolute position of the first of `ids`.
     fn at(&self) -> u64 {
         self.memory.as_ref().map_or(0, |m| m.consumed)
+    }
+
+    /// Whether a state that has read nothing more than the client received must be at hand.
+    fn keeps(&self) -> bool {
+        self.keep || self.checkpoints.as_ref().is_some_and(|wanted| wanted.answers)
     }
 }
 

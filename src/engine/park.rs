@@ -55,6 +55,8 @@ impl Engine {
                 let parked = live.resting.take().unwrap_or_else(|| hold(live, &*self.backend));
                 live.parked = Some(parked);
                 live.permit = None;
+                // Who waits for them must not wait for its reader.
+                live.job.checkpoints = None;
                 self.scheduler.park(id);
             }
         }

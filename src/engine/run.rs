@@ -12,7 +12,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::park::Parked;
 use super::response::Response;
-use super::{Backend, Event, Gauges, Job, Kept, Letter, Permit, Submission, replay};
+use super::{Backend, Checkpoint, Event, Gauges, Job, Kept, Letter, Permit, Submission, replay};
 use crate::sample;
 use crate::scheduler::{JobId, Limits, Need, Next, Plan, Scheduler, Seat, Span};
 use crate::telemetry::{clock, metrics};
@@ -191,7 +191,8 @@ impl Engine {
             return send(&events, Event::Done { choice: 0, finish: Finish::Stop, sampled: 0, kept });
         }
         let replayed = replay::begin(&mut job, &mut response, &*self.text);
-        let need = Need { tenant: job.tenant.clone(), tokens: job.ids.len(), seats: job.choices };
+        let stops = job.checkpoints.as_ref().map_or_else(Vec::new, |wanted| wanted.at.clone());
+        let need = Need { tenant: job.tenant.clone(), tokens: job.ids.len(), seats: job.choices, stops };
         if let Err(refused) = self.scheduler.submit(id, need) {
             drop(permit);
             return send(&events, Event::Failed(refused.to_string()));
@@ -293,7 +294,7 @@ impl Engine {
         let slot = seats[0].slots()[0];
         live.seats = seats.to_vec();
         // Text of what is read now is still held back: the state before it must stay until that is decided.
-        let anchored = live.job.keep && live.response.delivered_tokens() < live.response.tokens();
+        let anchored = live.job.keeps() && live.response.delivered_tokens() < live.response.tokens();
         live.prompt = Place { current: slot, fed: 0, anchor: anchored.then_some((slot, 0)), shared: false };
         match &live.job.memory {
             Some(memory) => self.backend.restore(slot, &memory.segments)?,
@@ -332,7 +333,14 @@ impl Engine {
     fn moved(&mut self, span: &Span, row: &Row) {
         let Some(live) = self.jobs.get_mut(&span.job) else { return };
         match span.choice {
-            None => live.prompt.current = row.into,
+            None => {
+                live.prompt.current = row.into;
+                let wanted = live.job.checkpoints.as_ref().filter(|wanted| wanted.at.contains(&span.tokens.end));
+                if let Some(wanted) = wanted {
+                    let (read, segments) = (span.tokens.end, self.backend.snapshot(row.into));
+                    (wanted.to)(Checkpoint { read, answer: Vec::new(), segments });
+                }
+            }
             Some(choice) => {
                 let choice = live.choices[choice].as_mut().expect("only live choices are planned");
                 choice.place.current = row.into;
@@ -368,7 +376,7 @@ impl Engine {
         if let Some(finish) = accepted.finish {
             return self.finish(id, index, finish);
         }
-        if live.job.keep {
+        if live.job.keeps() {
             let (place, delivered) = (&mut choice.place, choice.response.delivered_tokens());
             if delivered == choice.response.tokens() {
                 place.anchor = None;
@@ -401,6 +409,11 @@ impl Engine {
                 finish = Finish::Stop;
             }
         }
+        if let Some(wanted) = live.job.checkpoints.as_ref().filter(|wanted| wanted.answers) {
+            let (slot, fed) = received(&response, place);
+            let (read, answer) = (live.job.ids.len() - live.replayed, response.fed(fed).to_vec());
+            (wanted.to)(Checkpoint { read, answer, segments: self.backend.snapshot(slot) });
+        }
         let kept = live.job.keep.then(|| Box::new(keep(live, &response, place, &*self.backend, &*self.text)));
         let done = Event::Done { choice: index, finish, sampled: response.sampled(), kept };
         if live.choices.iter().any(Option::is_some) {
@@ -422,14 +435,18 @@ impl Engine {
     }
 }
 
+/// The slot of the last state that has read nothing the client did not receive, and how many tokens of the response it has.
+fn received(response: &Response, place: Place) -> (SlotId, usize) {
+    if place.fed <= response.delivered_tokens() {
+        return (place.current, place.fed);
+    }
+    place.anchor.expect("a state that has read text which is held back has an anchor before it")
+}
+
 /// The sequence as it is to be kept: a state that has read nothing the client did not receive, and what follows it.
 fn keep(live: &Live, response: &Response, place: Place, backend: &dyn Backend, text: &dyn Tokenizer) -> Kept {
     let job = &live.job;
-    let (slot, fed) = if place.fed <= response.delivered_tokens() {
-        (place.current, place.fed)
-    } else {
-        place.anchor.expect("a state that has read text which is held back has an anchor before it")
-    };
+    let (slot, fed) = received(response, place);
     let pending = response.pending(fed, text);
     let mut ids = if job.goes_on { Vec::new() } else { job.ids[..job.ids.len() - live.replayed].to_vec() };
     ids.extend_from_slice(response.fed(fed));

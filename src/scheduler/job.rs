@@ -1,6 +1,6 @@
 //! One admitted job: first it reads its prompt, then it is as many sequences as it has choices.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 
 use super::{JobId, Seat, Span};
@@ -13,6 +13,8 @@ use super::{JobId, Seat, Span};
 pub(super) struct Job {
     /// What of the prompt is still to read.
     unread: Range<usize>,
+    /// Where in it a span must end, ascending; only those ahead.
+    stops: VecDeque<usize>,
     /// `None` = done.
     choices: Vec<Option<Choice>>,
     /// The seats it holds; fewer as choices end.
@@ -32,14 +34,16 @@ struct Choice {
 #[derive(Clone, Debug)]
 pub(super) struct Rest {
     unread: Range<usize>,
+    /// Where reading stops on the way.
+    stops: VecDeque<usize>,
     /// The tokens that wait in each choice; `None` = done.
     choices: Vec<Option<usize>>,
 }
 
 impl Rest {
-    /// Of a job that has `tokens` tokens to read for `choices` choices.
-    pub fn new(tokens: usize, choices: usize) -> Self {
-        Self { unread: 0..tokens, choices: vec![Some(0); choices] }
+    /// Of a job that has `tokens` tokens to read, stopping at `stops`, for `choices` choices.
+    pub fn new(tokens: usize, choices: usize, stops: Vec<usize>) -> Self {
+        Self { unread: 0..tokens, stops: stops.into(), choices: vec![Some(0); choices] }
     }
 
     /// How many seats it takes: one for each choice that is not done.
@@ -58,7 +62,10 @@ impl Rest {
             Some(Choice { seat, from: if reading { seats[0] } else { seat }, waiting })
         });
         let choices = choices.collect();
-        Job { unread: self.unread, choices, seats: seats.iter().copied().collect() }
+        let seats = seats.iter().copied().collect();
+        let mut job = Job { unread: self.unread, stops: self.stops, choices, seats };
+        job.pass();
+        job
     }
 }
 
@@ -66,12 +73,24 @@ impl Job {
     /// What is left to do.
     pub fn rest(&self) -> Rest {
         let choices = self.choices.iter().map(|choice| choice.map(|choice| choice.waiting)).collect();
-        Rest { unread: self.unread.clone(), choices }
+        Rest { unread: self.unread.clone(), stops: self.stops.clone(), choices }
+    }
+
+    /// Forgets the stops that lie behind.
+    fn pass(&mut self) {
+        while self.stops.front().is_some_and(|&stop| stop <= self.unread.start) {
+            self.stops.pop_front();
+        }
     }
 
     /// Tokens of the prompt that are still to read.
     pub fn unread(&self) -> usize {
         self.unread.len()
+    }
+
+    /// How many of them the next span can have.
+    pub fn next(&self) -> usize {
+        self.stops.front().map_or(self.unread.end, |&stop| stop.min(self.unread.end)) - self.unread.start
     }
 
     pub fn seats(&self) -> &BTreeSet<Seat> {
@@ -88,6 +107,7 @@ impl Job {
         let seat = self.choices.iter().flatten().next().expect("a job without live choices is dropped").from;
         let tokens = self.unread.start..self.unread.start + tokens;
         self.unread.start = tokens.end;
+        self.pass();
         Span { job: id, choice: None, from: seat, seat, tokens, last: self.unread.is_empty() }
     }
 

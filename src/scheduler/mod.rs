@@ -57,6 +57,8 @@ pub struct Need {
     pub tokens: usize,
     /// How many choices it has, and so seats it takes, all when it is admitted; not 0.
     pub seats: usize,
+    /// Where in its tokens a span must end, ascending: the state there is wanted.
+    pub stops: Vec<usize>,
 }
 
 /// Why a job was not taken.
@@ -151,7 +153,7 @@ impl Scheduler {
 
     /// Lets a new job wait for its seats.
     pub fn submit(&mut self, job: JobId, need: Need) -> Result<(), Error> {
-        let Need { tenant, tokens, seats } = need;
+        let Need { tenant, tokens, seats, stops } = need;
         if tokens == 0 || seats == 0 {
             return Err(Error::Empty);
         }
@@ -161,7 +163,7 @@ impl Scheduler {
         if self.queued() >= self.limits.queue {
             return Err(Error::Full(self.limits.queue));
         }
-        self.waiting.push(tenant, Waiting { job, rest: Rest::new(tokens, seats), again: false });
+        self.waiting.push(tenant, Waiting { job, rest: Rest::new(tokens, seats, stops), again: false });
         self.audit();
         Ok(())
     }
@@ -304,11 +306,11 @@ impl Scheduler {
 
     /// Spans of prompts, at most `budget` tokens: equal shares for the tenants, shortest first within each.
     fn read(&mut self, budget: usize) -> Vec<Span> {
-        let unread = |queue: &VecDeque<JobId>| queue.iter().map(|id| self.running[id].unread()).sum();
-        let demands: Vec<usize> = self.reading.queues().map(unread).collect();
+        let next = |queue: &VecDeque<JobId>| queue.iter().map(|id| self.running[id].next()).sum();
+        let demands: Vec<usize> = self.reading.queues().map(next).collect();
         let mut spans = Vec::new();
         for (queue, share) in self.reading.queues().zip(fair_shares(budget, &demands)) {
-            let unread: Vec<usize> = queue.iter().map(|id| self.running[id].unread()).collect();
+            let unread: Vec<_> = queue.iter().map(|id| (self.running[id].unread(), self.running[id].next())).collect();
             for (&id, tokens) in queue.iter().zip(shortest_first(share, &unread)).filter(|&(_, tokens)| tokens > 0) {
                 spans.push(self.running.get_mut(&id).expect("who reads runs").read(id, tokens));
             }
@@ -339,16 +341,16 @@ fn fair_shares(mut budget: usize, demands: &[usize]) -> Vec<usize> {
 }
 
 /// Divides a tenant's `share` among its prompts, given in the order they came: a quarter for the oldest, the rest for
-/// those with the least `unread`.
-fn shortest_first(mut share: usize, unread: &[usize]) -> Vec<usize> {
+/// those with the least unread. Of each, (how much is unread, how much of that one span can be).
+fn shortest_first(mut share: usize, unread: &[(usize, usize)]) -> Vec<usize> {
     let mut tokens = vec![0; unread.len()];
     let mut order: Vec<usize> = (0..unread.len()).collect();
-    order.sort_by_key(|&prompt| unread[prompt]);
+    order.sort_by_key(|&prompt| unread[prompt].0);
     let quarter = share.div_ceil(4);
     let oldest = (0..unread.len().min(1)).map(|first| (first, quarter));
     let by_length = order.into_iter().map(|prompt| (prompt, usize::MAX));
     for (prompt, most) in oldest.chain(by_length) {
-        let more = (unread[prompt] - tokens[prompt]).min(most).min(share);
+        let more = (unread[prompt].1 - tokens[prompt]).min(most).min(share);
         tokens[prompt] += more;
         share -= more;
     }

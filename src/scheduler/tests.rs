@@ -3,7 +3,7 @@ use super::*;
 const LIMITS: Limits = Limits { seats: 4, queue: 8, budget: 100, busy_budget: 10 };
 
 fn need(tenant: &str, tokens: usize, seats: usize) -> Need {
-    Need { tenant: Tenant::parse(tenant).unwrap(), tokens, seats }
+    Need { tenant: Tenant::parse(tenant).unwrap(), tokens, seats, stops: Vec::new() }
 }
 
 fn scheduler(needs: &[(&str, usize, usize)]) -> Scheduler {
@@ -182,11 +182,27 @@ fn a_short_prompt_does_not_wait_for_a_long_one_and_a_long_one_not_for_ever() {
 }
 
 #[test]
+fn a_span_ends_where_a_state_is_wanted_and_others_read_what_it_leaves() {
+    let mut scheduler = Scheduler::new(Limits { budget: 100, ..LIMITS });
+    let stops = vec![0, 30, 90, 200, 250, 300];
+    scheduler.submit(JobId(0), Need { stops, ..need("a", 250, 1) }).unwrap();
+    scheduler.submit(JobId(1), need("a", 100, 1)).unwrap();
+    scheduler.submit(JobId(2), need("b", 10, 1)).unwrap();
+    let read = |plan: Plan| -> Vec<_> { plan.spans.iter().map(|s| (s.job.0, s.tokens.clone(), s.last)).collect() };
+    assert_eq!(read(scheduler.plan()), [(0, 0..23, false), (1, 0..67, false), (2, 0..10, true)]);
+    scheduler.commit(JobId(2), 0, Next::Done);
+    assert_eq!(read(scheduler.plan()), [(0, 23..30, false), (1, 67..100, true)]);
+    scheduler.commit(JobId(1), 0, Next::Done);
+    let rest: Vec<_> = (0..4).flat_map(|_| read(scheduler.plan())).collect();
+    assert_eq!(rest, [(0, 30..90, false), (0, 90..190, false), (0, 190..200, false), (0, 200..250, true)]);
+}
+
+#[test]
 fn the_oldest_prompt_has_its_quarter() {
-    assert_eq!(shortest_first(8, &[100, 1, 100]), [7, 1, 0]);
-    assert_eq!(shortest_first(8, &[100, 5, 6]), [2, 5, 1]);
-    assert_eq!(shortest_first(8, &[1, 100]), [1, 7]);
-    assert_eq!(shortest_first(1, &[9, 1]), [1, 0]);
-    assert_eq!(shortest_first(0, &[9, 1]), [0, 0]);
+    assert_eq!(shortest_first(8, &[(100, 100), (1, 1), (100, 100)]), [7, 1, 0]);
+    assert_eq!(shortest_first(8, &[(100, 100), (5, 5), (6, 6)]), [2, 5, 1]);
+    assert_eq!(shortest_first(8, &[(1, 1), (100, 100)]), [1, 7]);
+    assert_eq!(shortest_first(1, &[(9, 9), (1, 1)]), [1, 0]);
+    assert_eq!(shortest_first(0, &[(9, 9), (1, 1)]), [0, 0]);
     assert_eq!(shortest_first(9, &[]), [0; 0]);
 }

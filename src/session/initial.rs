@@ -39,6 +39,11 @@ impl InitialStates {
         self.named.insert(name, Named { fingerprint, memory });
     }
 
+    /// Of the state whose segments these are; none are the model's own.
+    pub(super) fn fingerprint(&self, segments: &[SegmentData]) -> String {
+        if segments.is_empty() { self.own.clone() } else { fingerprint(segments) }
+    }
+
     pub fn names(&self) -> Vec<String> {
         self.named.keys().map(InitialName::to_string).collect()
     }

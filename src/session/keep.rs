@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::origin::{Parent, Session};
-use super::{Input, Model, Prompt, StateError, StateReceipt, Turn};
+use super::{Cached, Input, Model, Prompt, StateError, StateReceipt, Turn};
 use crate::engine::Kept;
 use crate::state::{self, Archive, Commit};
 use crate::telemetry::{clock, metrics};
@@ -22,6 +22,7 @@ pub(super) struct Keeper {
     pub created: u64,
     pub expires_at: Option<u64>,
     pub prompt_tokens: u64,
+    pub cached_tokens: Cached,
     pub turn: Turn,
 }
 
@@ -101,8 +102,9 @@ impl Keeper {
         // What the parent had pending is in its own record; a response that went on may have replaced the end of it.
         let pending = self.parent.as_ref().map_or(&[][..], |p| &p.memory.pending.ends);
         let common = pending.iter().zip(&ids).take_while(|(a, b)| a == b).count();
-        let cached_tokens = self.parent.as_ref().map_or(0, |p| p.memory.consumed);
-        let prompt_ids = (self.prompt_tokens - cached_tokens) as usize;
+        let consumed = self.parent.as_ref().map_or(0, |p| p.memory.consumed);
+        let prompt_ids = (self.prompt_tokens - consumed) as usize;
+        let cached_tokens = self.cached_tokens.get();
         let (messages, text) = said(&self.model, &self.turn.input);
         TurnRecord {
             state: None,

@@ -4,6 +4,7 @@ mod conversations;
 mod initial;
 mod keep;
 mod origin;
+mod prefix;
 mod prompt;
 mod queries;
 mod run;
@@ -23,12 +24,14 @@ use crate::engine;
 use crate::state::{self, Archive};
 use crate::text::{Profile, Tokenizer};
 use crate::types::{Message, Sampling, SessionId, StateId, Tenant, TurnUsage};
+use prefix::PrefixCache;
 use streams::Hub;
 
 pub use conversations::{Conversation, StoredItem};
 pub use initial::InitialStates;
+pub use prefix::PrefixLimits;
 pub use streams::{Facts, SoFar, StreamLimits};
-pub use turn::{Delivery, Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
+pub use turn::{Cached, Delivery, Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
 
 /// What is known of a served model.
 #[derive(Clone, Debug)]
@@ -177,6 +180,8 @@ pub struct Sessions {
     stop: CancellationToken,
     busy: Busy,
     hub: Arc<Hub>,
+    /// What was read before; `None` = nothing is kept.
+    prefix: Option<Arc<PrefixCache>>,
 }
 
 impl Sessions {
@@ -192,12 +197,18 @@ impl Sessions {
             stop: CancellationToken::new(),
             busy: Busy::default(),
             hub: Arc::new(Hub::new(StreamLimits::default(), false)),
+            prefix: None,
         }
     }
 
     /// With other limits of streams; `shared` says that other servers have the same store.
     pub fn with_streams(self, limits: StreamLimits, shared: bool) -> Self {
         Self { hub: Arc::new(Hub::new(limits, shared)), ..self }
+    }
+
+    /// Keeps what turns have read, so that no turn reads it again.
+    pub fn with_prefix_cache(self, limits: &PrefixLimits) -> Self {
+        Self { prefix: PrefixCache::new(limits).map(Arc::new), ..self }
     }
 
     /// Begins to serve these models; the first is the default. Only the first call counts.

@@ -11,13 +11,18 @@ pub(super) struct Reading {
     pub ids: Vec<u32>,
     /// Nothing is new: the same response goes on.
     pub goes_on: bool,
+    /// Where in `ids` the pieces of a conversation end, which were tokenised one by one; none in other text.
+    pub boundaries: Vec<usize>,
 }
 
 /// One [`Reading`] for each prompt; a chat has one. Only what is new is tokenised.
 pub(super) fn read(model: &Model, input: &Input, parent: Option<&Memory>) -> Result<Vec<Reading>, Error> {
     let new = match input {
-        Input::Prompts(prompts) => prompts.iter().map(|p| prompt_ids(model, p)).collect::<Result<Vec<_>, _>>()?,
-        Input::Chat(messages) if messages.is_empty() => vec![Vec::new()],
+        Input::Prompts(prompts) => {
+            let plain = |prompt| Ok((prompt_ids(model, prompt)?, Vec::new()));
+            prompts.iter().map(plain).collect::<Result<Vec<_>, Error>>()?
+        }
+        Input::Chat(messages) if messages.is_empty() => vec![(Vec::new(), Vec::new())],
         Input::Chat(messages) => {
             let continues = parent.is_some_and(|m| m.tokens() > 0);
             let pieces = model.profile.render(messages, continues, true).map_err(|e| Error::Invalid {
@@ -26,10 +31,21 @@ pub(super) fn read(model: &Model, input: &Input, parent: Option<&Memory>) -> Res
                 message: e.to_string(),
             })?;
             // Piece by piece, never across a boundary: a transcript gives the ids its turns gave.
-            vec![pieces.iter().flat_map(|piece| model.text.encode(piece)).collect()]
+            let (mut ids, mut ends) = (Vec::new(), Vec::new());
+            for piece in &pieces {
+                ids.extend(model.text.encode(piece));
+                ends.push(ids.len());
+            }
+            vec![(ids, ends)]
         }
     };
-    Ok(new.into_iter().map(|ids| join(&model.profile, ids, parent)).collect())
+    let join = |(ids, ends): (Vec<u32>, Vec<usize>)| {
+        let new = ids.len();
+        let reading = join(&model.profile, ids, parent);
+        let before = reading.ids.len() - new.min(reading.ids.len());
+        Reading { boundaries: ends.into_iter().map(|end| before + end).collect(), ..reading }
+    };
+    Ok(new.into_iter().map(join).collect())
 }
 
 fn prompt_ids(model: &Model, prompt: &Prompt) -> Result<Vec<u32>, Error> {
@@ -49,17 +65,17 @@ fn prompt_ids(model: &Model, prompt: &Prompt) -> Result<Vec<u32>, Error> {
 fn join(profile: &Profile, new: Vec<u32>, parent: Option<&Memory>) -> Reading {
     match parent {
         Some(memory) if new.is_empty() && !memory.pending.goes_on.is_empty() => {
-            Reading { ids: memory.pending.goes_on.clone(), goes_on: true }
+            Reading { ids: memory.pending.goes_on.clone(), goes_on: true, boundaries: Vec::new() }
         }
         Some(memory) => {
             let mut ids = memory.pending.ends.clone();
             ids.extend(new);
-            Reading { ids: or_end_of_text(ids), goes_on: false }
+            Reading { ids: or_end_of_text(ids), goes_on: false, boundaries: Vec::new() }
         }
         None => {
             let mut ids = if profile.bos { vec![0] } else { Vec::new() };
             ids.extend(new);
-            Reading { ids: or_end_of_text(ids), goes_on: false }
+            Reading { ids: or_end_of_text(ids), goes_on: false, boundaries: Vec::new() }
         }
     }
 }

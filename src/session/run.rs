@@ -6,9 +6,11 @@ use std::sync::Arc;
 use super::initial::Fresh;
 use super::keep::{Keeper, said};
 use super::origin::Origin;
+use super::prefix;
+use super::prefix::Reader;
 use super::prompt::{self, Reading};
 use super::streams::{Facts, NewStream, Resumed, Source, Why, Writer};
-use super::{Error, Event, Input, Model, Running, Sessions, Start, StateReceipt, Turn};
+use super::{Cached, Error, Event, Input, Model, Running, Sessions, Start, StateReceipt, Turn};
 use crate::engine::{self, Job, Permit};
 use crate::state::Entry;
 use crate::telemetry::clock;
@@ -76,6 +78,12 @@ impl Sessions {
         }
         let permits = model.engine.reserve(jobs.len()).map_err(|full| Error::Full { retry_after: full.retry_after })?;
 
+        let cached_tokens = Cached::from(consumed * readings.len() as u64);
+        let reader = self.prefix.as_ref().map(|cache| {
+            let boundaries = readings.first().map_or(&[][..], |reading| &reading.boundaries);
+            let (parent, fresh) = (origin.parent.as_ref(), fresh.as_ref());
+            Reader::new(cache, &turn.tenant, &model, (parent, fresh), boundaries, &cached_tokens)
+        });
         let created = resumed.as_ref().map_or_else(clock::unix_seconds, |resumed| resumed.facts.created);
         let facts = Facts {
             response_id: turn.response_id.clone(),
@@ -84,7 +92,7 @@ impl Sessions {
             created,
             seed: turn.sampling.seed,
             prompt_tokens: readings.iter().map(|r| consumed + r.ids.len() as u64).sum(),
-            cached_tokens: consumed * readings.len() as u64,
+            cached_tokens: cached_tokens.clone(),
             choices: readings.len() * turn.choices,
             form: turn.delivery.form.clone(),
         };
@@ -110,11 +118,12 @@ impl Sessions {
             created,
             expires_at: turn.ttl_s.or(self.default_ttl_s).map(|s| created.saturating_add(s)),
             prompt_tokens: consumed + readings.first().map_or(0, |r| r.ids.len() as u64),
+            cached_tokens,
             turn,
         };
         let stop = self.stop.clone();
         self.turns.spawn(async move {
-            let outputs = submit(&model, jobs, permits);
+            let outputs = submit(&model, jobs, permits, reader.as_ref());
             let why = tokio::select! {
                 () = forward(outputs, &mut keeper, &mut writer, texts) => None,
                 () = stop.cancelled() => Some(Why::Interrupted),
@@ -230,7 +239,7 @@ fn replayed(entry: Entry, session: &SessionId, model: &Model) -> Option<Running>
         created: record.created,
         seed: record.seed,
         prompt_tokens: record.usage.prompt_tokens,
-        cached_tokens: record.usage.cached_tokens,
+        cached_tokens: record.usage.cached_tokens.into(),
         choices: 1,
         form: String::new(),
     };
@@ -274,6 +283,7 @@ fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Mem
                 keep: turn.store,
                 pause: engine::Pause::default(),
                 replay: engine::Replay::default(),
+                checkpoints: None,
             };
             jobs.push((job, prompt * turn.choices + first_choice));
         }
@@ -284,10 +294,13 @@ fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Mem
 /// The events of all jobs, each with the index of its job's first choice.
 type Outputs = SelectAll<stream::BoxStream<'static, (usize, engine::Event)>>;
 
-fn submit(model: &Model, jobs: Vec<Placed>, permits: Vec<Permit>) -> Outputs {
+fn submit(model: &Arc<Model>, jobs: Vec<Placed>, permits: Vec<Permit>, reader: Option<&Reader>) -> Outputs {
     let submit = |((job, first), permit): (Placed, Permit)| {
-        let mut events = model.engine.submit(job, permit);
-        stream::poll_fn(move |cx| events.poll_recv(cx)).map(move |event| (first, event)).boxed()
+        let events = match reader {
+            Some(reader) => reader.clone().run(model.clone(), job, permit).boxed(),
+            None => prefix::events(model, job, permit).boxed(),
+        };
+        events.map(move |event| (first, event)).boxed()
     };
     jobs.into_iter().zip(permits).map(submit).collect()
 }

@@ -1,5 +1,7 @@
 //! What goes into a turn and what comes out of it: the language between the wire and the use-cases.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -76,6 +78,40 @@ pub struct Running {
     /// It had ended before this reader came.
     pub over: bool,
     events: Source,
+}
+
+/// A number of tokens that were not computed again. It is complete before the turn's first event: a turn may wait for what
+/// another one is reading.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(from = "u64", into = "u64")]
+pub struct Cached(Arc<AtomicU64>);
+
+impl Cached {
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    pub(super) fn add(&self, tokens: u64) {
+        self.0.fetch_add(tokens, Ordering::AcqRel);
+    }
+}
+
+impl PartialEq for Cached {
+    fn eq(&self, other: &Self) -> bool {
+        self.get() == other.get()
+    }
+}
+
+impl From<Cached> for u64 {
+    fn from(tokens: Cached) -> Self {
+        tokens.get()
+    }
+}
+
+impl From<u64> for Cached {
+    fn from(tokens: u64) -> Self {
+        Self(Arc::new(tokens.into()))
+    }
 }
 
 impl Running {

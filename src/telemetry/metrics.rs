@@ -29,6 +29,13 @@ const STATES_STORED: &str = "rewake_states_stored_total";
 const STATES_FAILED: &str = "rewake_states_failed_total";
 const STATE_STORE_DURATION: &str = "rewake_state_store_duration_seconds";
 const STATE_BYTES: &str = "rewake_state_stored_bytes_total";
+const PREFIX_LOOKUPS: &str = "rewake_prefix_lookups_total";
+const PREFIX_TOKENS: &str = "rewake_prefix_tokens_total";
+const PREFIX_WAITS: &str = "rewake_prefix_waits_total";
+const PREFIX_SPACING: &str = "rewake_prefix_spacing_tokens";
+const PREFIX_BYTES: &str = "rewake_prefix_bytes";
+const PREFIX_STATES: &str = "rewake_prefix_states";
+const PREFIX_EVICTIONS: &str = "rewake_prefix_evictions_total";
 const STREAMS_ACTIVE: &str = "rewake_streams_active";
 
 /// Upper bounds in seconds, from a step of a tiny model to a very long answer.
@@ -81,6 +88,17 @@ fn describe() {
     describe_counter!(STATES_FAILED, Unit::Count, "States that could not be stored though their answer arrived.");
     describe_histogram!(STATE_STORE_DURATION, Unit::Seconds, "Time to make one state durable.");
     describe_counter!(STATE_BYTES, Unit::Bytes, "Bytes of states made durable.");
+    describe_counter!(PREFIX_LOOKUPS, Unit::Count, "Texts looked up in the prefix cache by outcome: hit or miss.");
+    describe_counter!(PREFIX_TOKENS, Unit::Count, "Tokens that the prefix cache saved reading.");
+    describe_counter!(
+        PREFIX_WAITS,
+        Unit::Count,
+        "Times a text waited for another request that was reading its beginning."
+    );
+    describe_gauge!(PREFIX_SPACING, Unit::Count, "Tokens between the first regular checkpoints of the last text.");
+    describe_gauge!(PREFIX_BYTES, Unit::Bytes, "Bytes the prefix cache takes.");
+    describe_gauge!(PREFIX_STATES, Unit::Count, "States in the prefix cache.");
+    describe_counter!(PREFIX_EVICTIONS, Unit::Count, "States the prefix cache gave up for want of room.");
     describe_gauge!(STREAMS_ACTIVE, Unit::Count, "Event streams being written.");
 }
 
@@ -139,6 +157,26 @@ pub fn state_failed() {
     counter!(STATES_FAILED).increment(1);
 }
 
+/// A text was looked up in the prefix cache; `saved` tokens of it are not read again, and 0 is a miss.
+pub fn prefix_looked_up(model: &str, saved: u64, spacing: usize) {
+    let outcome = if saved > 0 { "hit" } else { "miss" };
+    counter!(PREFIX_LOOKUPS, "model" => model.to_owned(), "outcome" => outcome).increment(1);
+    counter!(PREFIX_TOKENS, "model" => model.to_owned()).increment(saved);
+    gauge!(PREFIX_SPACING, "model" => model.to_owned()).set(spacing as f64);
+}
+
+/// A text waits for another request that is reading its beginning.
+pub fn prefix_waited(model: &str) {
+    counter!(PREFIX_WAITS, "model" => model.to_owned()).increment(1);
+}
+
+/// What the prefix cache holds now, and how many states were just given up for it.
+pub fn prefix_holds(bytes: u64, states: usize, evicted: u64) {
+    gauge!(PREFIX_BYTES).set(bytes as f64);
+    gauge!(PREFIX_STATES).set(states as f64);
+    counter!(PREFIX_EVICTIONS).increment(evicted);
+}
+
 /// Counts one event stream for as long as it lives.
 #[derive(Debug)]
 pub struct StreamOpen(());
@@ -185,6 +223,10 @@ mod tests {
         step("m", 5, took);
         state_stored(1000, took);
         state_failed();
+        prefix_looked_up("m", 7, 48);
+        prefix_looked_up("m", 0, 48);
+        prefix_waited("m");
+        prefix_holds(5, 1, 1);
         let text = again.render();
         for (series, expected) in [
             (r#"rewake_requests_total{method="POST",route="/v1/test",status="200"}"#, 1.0),
@@ -201,6 +243,11 @@ mod tests {
             (r#"rewake_seats_total{model="m"}"#, 8.0),
             (r#"rewake_steps_total{model="m"}"#, 1.0),
             (r#"rewake_step_tokens_total{model="m"}"#, 5.0),
+            (r#"rewake_prefix_lookups_total{model="m",outcome="hit"}"#, 1.0),
+            (r#"rewake_prefix_lookups_total{model="m",outcome="miss"}"#, 1.0),
+            (r#"rewake_prefix_tokens_total{model="m"}"#, 7.0),
+            (r#"rewake_prefix_waits_total{model="m"}"#, 1.0),
+            (r#"rewake_prefix_spacing_tokens{model="m"}"#, 48.0),
             (r#"rewake_step_duration_seconds_sum{model="m"}"#, 0.02),
         ] {
             assert_eq!(value(&text, series), Some(expected), "{series}\n{text}");

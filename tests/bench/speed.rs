@@ -1,6 +1,7 @@
 //! How fast it is: kernels on a real model's shapes, the engine and the states on the embedded model. See `NOTES.md`.
 
 mod synthetic;
+mod transcripts;
 
 use std::hint::black_box;
 use std::path::Path;
@@ -64,6 +65,7 @@ fn job(ids: Vec<u32>, max_tokens: u64) -> Job {
         keep: false,
         pause: Pause::default(),
         replay: Replay::default(),
+        checkpoints: None,
     }
 }
 
@@ -242,5 +244,5 @@ fn first_tokens(c: &mut Criterion, name: &str, engine: Handle) {
     }
 }
 
-criterion_group!(benches, probe, kernels, throughput, states, turns);
+criterion_group!(benches, probe, kernels, throughput, states, turns, transcripts::transcripts);
 criterion_main!(benches);

@@ -11,7 +11,7 @@ use rewake::types::{StateId, Tenant};
 use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc};
 
-use crate::server::{CHAT, COMPLETIONS, Client, Server, last, piece, said};
+use crate::server::{CHAT, COMPLETIONS, Client, Server, config, forgetful, last, piece, said};
 use crate::store::{Failing, Op, Recording};
 use crate::{user, with};
 
@@ -192,7 +192,8 @@ async fn a_full_disk_costs_the_state_and_not_the_answer() {
 async fn on_disk() -> (Server, Client, tempfile::TempDir) {
     let folder = tempfile::tempdir().expect("a folder");
     let store = Local::open(folder.path().to_owned()).await.expect("a good folder");
-    let server = Server::over(Arc::new(store));
+    // What is lost shall not be found again in memory.
+    let server = Server::with(&forgetful(config()), Arc::new(store));
     let client = server.client();
     (server, client, folder)
 }

@@ -13,7 +13,7 @@ use rewake::text::Profile;
 use rewake::types::{InitialName, Memory, SessionId, StateId, Tenant};
 use serde_json::{Value, json};
 
-use crate::server::{CHAT, COMPLETIONS, Client, Process, Reply, Server, config, said};
+use crate::server::{CHAT, COMPLETIONS, Client, Process, Reply, Server, config, forgetful, said};
 use crate::{user, with};
 
 /// A model of a generation, without a state of its own, and two state-tuned files of it.
@@ -253,7 +253,7 @@ async fn conversation(client: &Client, session: &str, lost: Option<usize>) -> (V
 async fn a_session_is_read_again_from_where_it_began() {
     for files in [Files::v7(), Files::v6()] {
         let store = Arc::new(InMemory::default());
-        let client = client(&files.both(), &store);
+        let client = client(&forgetful(files.both()), &store);
         let (kept, state) = conversation(&client, "kept", None).await;
         let kept_memory = memory(&store, &state).await;
         for lost in [1, 2] {

@@ -12,7 +12,7 @@ use axum::http::{HeaderMap, Request, Response};
 use futures::stream::{BoxStream, StreamExt, TryStreamExt};
 use rewake::app::{App, load_models};
 use rewake::config::{Config, Flags};
-use rewake::session::Sessions;
+use rewake::session::{PrefixLimits, Sessions};
 use rewake::state::{InMemory, Store};
 use serde_json::{Value, json};
 use tower::ServiceExt;
@@ -23,6 +23,12 @@ pub const CHAT: &str = "/v1/chat/completions";
 /// The defaults: the embedded model, no keys.
 pub fn config() -> Config {
     Config::load(&Flags::default(), std::iter::empty()).expect("the defaults are valid")
+}
+
+/// The same, but what was read once is read again.
+pub fn forgetful(config: Config) -> Config {
+    let prefix_cache = PrefixLimits { enabled: false, ..config.prefix_cache };
+    Config { prefix_cache, ..config }
 }
 
 /// What an independent implementation computed of the embedded model.

@@ -14,7 +14,7 @@ use super::generation::Order;
 use super::parameters::{IGNORED_PARAMS, ignored_header};
 use crate::api::record::Record;
 use crate::api::{App, Error, sse};
-use crate::session::{self, Event, Facts, Running, StateError, StateReceipt};
+use crate::session::{self, Cached, Event, Facts, Running, StateError, StateReceipt};
 use crate::types::Finish;
 
 pub const STATE_ID: HeaderName = HeaderName::from_static("x-state-id");
@@ -207,7 +207,7 @@ impl Usage {
 pub struct Opening {
     pub heading: Heading,
     pub prompt_tokens: u64,
-    pub cached_tokens: u64,
+    pub cached_tokens: Cached,
     pub choices: usize,
 }
 
@@ -219,8 +219,8 @@ impl Opening {
             model: facts.model.clone(),
             system_fingerprint: system_fingerprint(&facts.fingerprint),
         };
-        let &Facts { prompt_tokens, cached_tokens, choices, .. } = facts;
-        Self { heading, prompt_tokens, cached_tokens, choices }
+        let &Facts { prompt_tokens, ref cached_tokens, choices, .. } = facts;
+        Self { heading, prompt_tokens, cached_tokens: cached_tokens.clone(), choices }
     }
 }
 
@@ -310,7 +310,7 @@ pub(super) fn whole<S: Shape>(opening: Opening, answers: Vec<Answer>) -> Respons
         heading: opening.heading,
         object: S::OBJECT,
         choices: choices.map(|(index, a)| S::choice(index, a.text, a.finish, a.kept)).collect(),
-        usage: Usage::new(opening.prompt_tokens, opening.cached_tokens, completion_tokens),
+        usage: Usage::new(opening.prompt_tokens, opening.cached_tokens.get(), completion_tokens),
         service_tier: S::SERVICE_TIER,
         kept,
     };
@@ -364,7 +364,7 @@ impl<S: Shape> Chunks<S> {
 
     /// What comes after all choices, when it was asked for.
     pub fn usage(&self) -> Option<Chunk<S::Piece>> {
-        let usage = Usage::new(self.opening.prompt_tokens, self.opening.cached_tokens, self.completion_tokens);
+        let usage = Usage::new(self.opening.prompt_tokens, self.opening.cached_tokens.get(), self.completion_tokens);
         self.include_usage.then(|| Chunk { usage: Some(Some(usage)), ..self.envelope(Vec::new(), Kept::default()) })
     }
 

@@ -18,7 +18,7 @@ use crate::types::{Finish, SessionId, StateId};
 
 fn opening(choices: usize) -> Opening {
     let heading = Heading { id: "cmpl-1".into(), created: 42, model: "m".into(), system_fingerprint: "fp".into() };
-    Opening { heading, prompt_tokens: 10, cached_tokens: 4, choices }
+    Opening { heading, prompt_tokens: 10, cached_tokens: 4.into(), choices }
 }
 
 fn text(choice: usize, text: &str) -> Event {

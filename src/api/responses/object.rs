@@ -222,7 +222,7 @@ impl Teller {
     }
 
     fn usage(&self, output_tokens: u64) -> ResponseUsage {
-        let &Facts { prompt_tokens: input_tokens, cached_tokens, .. } = &self.facts;
+        let (input_tokens, cached_tokens) = (self.facts.prompt_tokens, self.facts.cached_tokens.get());
         ResponseUsage {
             input_tokens,
             input_tokens_details: json!({"cached_tokens": cached_tokens, "cache_write_tokens": 0}),

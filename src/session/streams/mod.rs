@@ -24,7 +24,7 @@ pub(super) use revive::Resumed;
 pub(super) use stream::{Parts, Reader, Stream, Why};
 pub(super) use writer::Writer;
 
-use super::{Error, Event, Running, Sessions, Start, Turn};
+use super::{Cached, Error, Event, Running, Sessions, Start, Turn};
 use crate::telemetry::clock;
 use crate::types::{SessionId, Tenant};
 
@@ -66,7 +66,8 @@ pub struct Facts {
     pub seed: u64,
     /// Over all prompts.
     pub prompt_tokens: u64,
-    pub cached_tokens: u64,
+    /// How many of them were not computed again.
+    pub cached_tokens: Cached,
     /// Prompts × choices.
     pub choices: usize,
     /// What the wire needs to write the response again.
