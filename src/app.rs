@@ -52,7 +52,8 @@ impl App {
         let sessions = Arc::new(
             Sessions::new(archive, config.turns.clone(), ttl)
                 .with_policy(policy)
-                .with_prefix_cache(&config.prefix_cache),
+                .with_prefix_cache(&config.prefix_cache)
+                .with_streams(config.streams.clone(), !config.states.url.is_empty()),
         );
         let router = api::router(api::App {
             sessions: sessions.clone(),

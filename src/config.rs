@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{ApiLimits, Key};
 use crate::model::Kind;
-use crate::session::{PrefixLimits, Quota, TurnLimits};
+use crate::session::{PrefixLimits, Quota, StreamLimits, TurnLimits};
 use crate::state::Precision;
 use crate::telemetry::LogConfig;
 use crate::text::Profile;
@@ -21,6 +21,7 @@ pub struct Config {
     pub engine: Engine,
     pub requests: ApiLimits,
     pub turns: TurnLimits,
+    pub streams: StreamLimits,
     pub prefix_cache: PrefixLimits,
     pub log: LogConfig,
     /// Served models, the default first; none = the embedded one.

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
-use rewake::engine::{Checkpoint, Checkpoints, Event, Handle, Job, Kept, Speculation};
+use rewake::engine::{Checkpoint, Checkpoints, Event, Handle, Job, Kept, Pause, Replay, Speculation};
 use rewake::scheduler::Limits;
 use rewake::text::{self, Trim};
 use rewake::types::{Finish, Memory, Sampling, SegmentData, Tenant};
@@ -47,6 +47,8 @@ fn job(prompt: &str) -> Job {
         max_tokens: 40,
         keep: false,
         checkpoints: None,
+        pause: Pause::default(),
+        replay: Replay::default(),
     }
 }
 
@@ -68,7 +70,7 @@ fn collect(mut events: UnboundedReceiver<Event>, choices: usize) -> Result<Vec<(
     let mut answers: Vec<_> = (0..choices).map(|_| None).collect();
     while let Some(event) = events.blocking_recv() {
         match event {
-            Event::Text { choice, text } => {
+            Event::Text { choice, text, .. } => {
                 assert!(!text.is_empty() && answers[choice].is_none());
                 texts[choice].push_str(&text);
             }
@@ -214,7 +216,7 @@ fn report(mut events: UnboundedReceiver<Event>, choices: usize) -> Report {
     let mut report: Report = vec![(Vec::new(), None); choices];
     while let Some(event) = events.blocking_recv() {
         match event {
-            Event::Text { choice, text } => report[choice].0.push(text),
+            Event::Text { choice, text, .. } => report[choice].0.push(text),
             Event::Done { choice, finish, sampled, kept } => {
                 report[choice].1 = Some((finish, sampled, kept.map(|kept| (kept.memory, kept.ids))));
             }
@@ -361,6 +363,80 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn a_job_that_is_parked_anywhere_gives_the_same(
+        prompts in proptest::collection::vec("[ab]{1,60}", 1..12), seed: u64, choices in 1usize..4, keep: bool,
+        stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé"], 0..3),
+        pauses in proptest::collection::vec((0usize..12, 0usize..30), 0..40),
+    ) {
+        let engine = engine(toy());
+        let jobs: Vec<Job> = prompts.iter().enumerate().map(|(n, prompt)| {
+            let mut job = Job { choices, keep, stop: stops.clone(), trim: Trim { start: false, end: true }, ..job(prompt) };
+            job.sampling.seed = seed.wrapping_add(n as u64);
+            job
+        }).collect();
+        let alone: Vec<_> = jobs.iter().map(|job| collect(submit(&engine, job.clone()), choices).expect("an answer")).collect();
+        let running: Vec<_> = jobs.into_iter().map(|job| {
+            let job = Job { pause: Pause::default(), ..job };
+            (job.pause.clone(), submit(&engine, job))
+        }).collect();
+        // Each is parked and let go on at whatever moment the engine is in.
+        for (which, spin) in pauses {
+            let pause = &running[which % running.len()].0;
+            pause.set(!pause.is_set());
+            engine.look();
+            (0..spin * 50).for_each(|_| std::hint::spin_loop());
+        }
+        running.iter().for_each(|(pause, _)| { pause.set(false); });
+        engine.look();
+        let texts = |answers: Vec<(Answer, Option<Kept>)>| -> Vec<_> {
+            answers.into_iter().map(|(a, k)| (a, k.map(|k| (k.ids, k.memory)))).collect()
+        };
+        for ((_, events), alone) in running.into_iter().zip(alone) {
+            prop_assert_eq!(texts(collect(events, choices).expect("an answer")), texts(alone));
+        }
+    }
+
+    #[test]
+    fn a_response_begun_elsewhere_goes_on_without_sampling_again(
+        prompt in "[ab]{1,40}", seed: u64, max in 1u64..40, cut in 0usize..40, keep: bool, trim: bool,
+        stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé"], 0..3),
+    ) {
+        let engine = engine(toy());
+        let mut whole = Job { max_tokens: max, keep, stop: stops, trim: Trim { start: trim, end: trim }, ..job(&prompt) };
+        whole.sampling.seed = seed;
+        let events = every(submit(&engine, whole.clone()));
+        let cut = cut % events.len();
+        let mut replay = Replay::default();
+        for event in &events[..cut] {
+            if let Event::Text { ids, .. } = event {
+                replay.ids.extend(ids);
+                replay.events += 1;
+            }
+        }
+        // Another seed would show in any token that is sampled again. What follows is sampled with the right one.
+        let rest = every(submit(&engine, Job { replay: replay.clone(), ..whole.clone() }));
+        prop_assert_eq!(format!("{rest:?}"), format!("{:?}", &events[cut..]));
+        let mut other = Job { replay, ..whole };
+        other.sampling.seed = !seed;
+        other.sampling.temperature = 2.0;
+        other.max_tokens = other.replay.ids.len().max(1) as u64;
+        let sampled = other.replay.ids.clone();
+        if let Some(Event::Done { kept: Some(kept), .. }) = every(submit(&engine, other)).last() {
+            let answer = &kept.ids[prompt.len()..];
+            let all: Vec<u32> = answer.iter().chain(&kept.memory.pending.goes_on).copied().collect();
+            prop_assert!(sampled.is_empty() || all.starts_with(&sampled[..answer.len().min(sampled.len())]));
+        }
+    }
+}
+
+fn every(mut events: UnboundedReceiver<Event>) -> Vec<Event> {
+    std::iter::from_fn(|| events.blocking_recv()).collect()
+}
+
 #[test]
 fn many_at_once_answer_as_each_alone() {
     for toy in [toy(), repetitive(29, 5)] {
@@ -415,6 +491,27 @@ fn a_reader_that_leaves_costs_nothing_more() {
     // One token read, then 49 steps of one each: nobody else was in any of them.
     assert_eq!(tokens.load(Ordering::SeqCst) - before, 50);
     assert_eq!(engine.reserve(engine.capacity()).expect("every place is free").len(), engine.capacity());
+}
+
+#[test]
+fn a_job_that_rests_gives_its_place_back() {
+    let engine = engine(Toy { end: None, ..toy() });
+    let endless = |_| Job { max_tokens: u64::MAX, pause: Pause::default(), ..job("ab") };
+    let all: Vec<Job> = (0..engine.capacity()).map(endless).collect();
+    let mut running: Vec<_> = all.iter().map(|job| (job.pause.clone(), submit(&engine, job.clone()))).collect();
+    assert!(matches!(running[0].1.blocking_recv(), Some(Event::Text { .. })));
+    assert!(engine.reserve(1).is_err());
+    running.iter().for_each(|(pause, _)| assert!(pause.set(true)));
+    engine.look();
+    // A job that comes now runs at once, and to its end.
+    while engine.reserve(1).is_err() {
+        std::thread::yield_now();
+    }
+    run(&engine, job("b"));
+    running.iter().for_each(|(pause, _)| assert!(pause.set(false)));
+    engine.look();
+    let (_, events) = &mut running[0];
+    (0..5000).for_each(|_| assert!(matches!(events.blocking_recv(), Some(Event::Text { .. }))));
 }
 
 #[test]

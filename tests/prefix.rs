@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use rewake::engine::Handle;
 use rewake::scheduler::Limits;
 use rewake::session::{
-    Event, InitialStates, Input, Model, ModelCard, Page, PrefixLimits, Prompt, Running, Sessions, Start, StateReceipt,
-    Turn, TurnLimits,
+    Delivery, Event, InitialStates, Input, Model, ModelCard, Page, PrefixLimits, Prompt, Running, Sessions, Start,
+    StateReceipt, Turn, TurnLimits,
 };
 use rewake::state::{Archive, InMemory};
 use rewake::text;
@@ -141,6 +141,7 @@ impl Ask {
             initial_state: None,
             idempotency_key: None,
             metadata: Default::default(),
+            delivery: Delivery::default(),
         }
     }
 }
@@ -156,8 +157,8 @@ struct Answer {
 }
 
 async fn collect(mut running: Running) -> Answer {
-    let mut answer = Answer { prompt_tokens: running.prompt_tokens, ..Answer::default() };
-    answer.choices.resize_with(running.choices, Default::default);
+    let mut answer = Answer { prompt_tokens: running.facts.prompt_tokens, ..Answer::default() };
+    answer.choices.resize_with(running.facts.choices, Default::default);
     while let Some(event) = running.next().await {
         match event {
             Event::Text { choice, text } => answer.choices[choice].0.push_str(&text),
@@ -168,7 +169,7 @@ async fn collect(mut running: Running) -> Answer {
             Event::Failed(why) => panic!("{why}"),
         }
     }
-    answer.cached = running.cached_tokens.get();
+    answer.cached = running.facts.cached_tokens.get();
     answer
 }
 

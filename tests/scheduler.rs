@@ -19,6 +19,9 @@ enum Op {
     /// Of the jobs there are, the one at this place.
     Cancel(prop::sample::Index),
     EndChoice(prop::sample::Index, usize),
+    Park(prop::sample::Index),
+    /// Of the parked jobs, the one at this place.
+    Unpark(prop::sample::Index),
     Step,
 }
 
@@ -45,6 +48,9 @@ struct Known {
     moved: Vec<bool>,
     /// Empty = not admitted.
     seats: Vec<Seat>,
+    parked: bool,
+    /// It was parked once, and waits or waited for seats again.
+    again: bool,
     /// Steps since it was admitted or since its tenant last read something.
     hungry: usize,
 }
@@ -54,8 +60,19 @@ impl Known {
     fn holds(&self) -> BTreeSet<Seat> {
         let alive = |choice: &usize| self.lives[*choice].is_some();
         let own = (0..self.seats.len()).filter(alive).map(|choice| self.seats[choice]);
-        let shared = (0..self.seats.len()).filter(alive).filter(|&choice| !self.moved[choice]).map(|_| self.seats[0]);
+        let shared =
+            (0..self.seats.len()).filter(alive).filter(|&choice| !self.moved[choice]).map(|_| self.prompt_seat());
         own.chain(shared).collect()
+    }
+
+    /// Where the prompt is read.
+    fn prompt_seat(&self) -> Seat {
+        self.seats[0]
+    }
+
+    /// How many seats it takes to go on.
+    fn needs(&self) -> usize {
+        self.lives.iter().flatten().count()
     }
 
     /// Where its next span must end at the latest.
@@ -92,6 +109,8 @@ impl World {
             Op::Submit { tenant, tokens, lives, stops } => self.submit(*tenant, *tokens, lives, stops),
             Op::Cancel(index) => self.cancel(index),
             Op::EndChoice(index, choice) => self.end_choice(index, *choice),
+            Op::Park(index) => self.park(index),
+            Op::Unpark(index) => self.unpark(index),
             Op::Step => return Some(self.step()),
         }
         None
@@ -104,7 +123,7 @@ impl World {
         let result = self.scheduler.submit(id, Need { tenant: tenant(owner), tokens, seats, stops: stops.clone() });
         if seats > self.limits.seats {
             assert_eq!(result, Err(Error::TooLarge { needs: seats, seats: self.limits.seats }));
-        } else if self.queues.iter().map(VecDeque::len).sum::<usize>() == self.limits.queue {
+        } else if self.queues.iter().flatten().filter(|id| !self.jobs[id].again).count() == self.limits.queue {
             assert_eq!(result, Err(Error::Full(self.limits.queue)));
         } else {
             assert_eq!(result, Ok(()));
@@ -114,8 +133,10 @@ impl World {
             self.queues[owner].push_back(id);
             let lives: Vec<_> = lives.iter().map(|life| Some(life.iter().copied().collect())).collect();
             let (waiting, moved) = (vec![0; seats], vec![false; seats]);
-            let (read, seats, hungry) = (0, vec![], 0);
-            self.jobs.insert(id, Known { tenant: owner, tokens, stops, read, lives, waiting, moved, seats, hungry });
+            let (read, hungry, parked, again, seats) = (0, 0, false, false, Vec::new());
+            let tenant = owner;
+            let known = Known { tenant, tokens, stops, read, lives, waiting, moved, seats, parked, again, hungry };
+            self.jobs.insert(id, known);
         }
         self.compare();
     }
@@ -129,6 +150,38 @@ impl World {
         self.scheduler.cancel(id);
         self.forget(id);
         self.compare();
+    }
+
+    fn park(&mut self, index: &prop::sample::Index) {
+        let Some(id) = self.pick(index) else { return };
+        self.scheduler.park(id);
+        self.queues.iter_mut().for_each(|queue| queue.retain(|waiting| *waiting != id));
+        let job = self.jobs.get_mut(&id).unwrap();
+        (job.parked, job.seats) = (true, Vec::new());
+        self.compare();
+    }
+
+    fn unpark(&mut self, index: &prop::sample::Index) {
+        let parked = self.parked();
+        if !parked.is_empty() {
+            self.go_on(parked[index.index(parked.len())]);
+        }
+        self.compare();
+    }
+
+    fn parked(&self) -> Vec<JobId> {
+        self.jobs.iter().filter(|(_, job)| job.parked).map(|(&id, _)| id).collect()
+    }
+
+    fn go_on(&mut self, id: JobId) {
+        let job = self.jobs.get_mut(&id).unwrap();
+        (job.parked, job.again) = (false, true);
+        let owner = job.tenant;
+        if self.queues[owner].is_empty() {
+            self.overtaken[owner] = [0; 4];
+        }
+        self.queues[owner].push_back(id);
+        self.scheduler.unpark(id, tenant(owner));
     }
 
     fn end_choice(&mut self, index: &prop::sample::Index, choice: usize) {
@@ -161,8 +214,9 @@ impl World {
         let held: usize = self.jobs.values().map(|job| job.holds().len()).sum();
         assert_eq!(self.scheduler.free_seats(), self.limits.seats - held);
         assert_eq!(self.scheduler.waiting(), self.queues.iter().map(VecDeque::len).sum::<usize>());
-        assert_eq!(self.scheduler.running(), self.jobs.len() - self.scheduler.waiting());
-        assert_eq!(self.scheduler.idle(), self.jobs.is_empty());
+        let parked = self.jobs.values().filter(|job| job.parked).count();
+        assert_eq!(self.scheduler.running(), self.jobs.len() - parked - self.scheduler.waiting());
+        assert_eq!(self.scheduler.idle(), self.jobs.len() == parked);
     }
 
     fn step(&mut self) -> Plan {
@@ -170,7 +224,7 @@ impl World {
         let plan = self.scheduler.plan();
         assert_eq!(
             plan.spans.is_empty(),
-            self.jobs.is_empty(),
+            self.jobs.values().all(|job| job.parked),
             "a step does something exactly if there is something to do"
         );
         self.seat(&plan, free);
@@ -188,9 +242,14 @@ impl World {
             assert!(seats.iter().all(|seat| !held.contains(seat) && (seat.0 as usize) < self.limits.seats));
             assert_eq!(seats.iter().collect::<BTreeSet<_>>().len(), seats.len());
             let job = self.jobs.get_mut(id).unwrap();
-            assert_eq!(seats.len(), job.lives.len());
+            assert_eq!(seats.len(), job.needs());
             free -= seats.len();
-            job.seats.clone_from(seats);
+            let mut given = seats.iter();
+            // A choice that is done has none; which seat stands for it does not matter.
+            let seat = |life: &Option<_>| life.as_ref().map_or(seats[0], |_| *given.next().unwrap());
+            job.seats = job.lives.iter().map(seat).collect();
+            // The prompt is read in the first seat; once it is read, each choice is in its own.
+            job.moved = vec![job.read == job.tokens; job.lives.len()];
             let owner = job.tenant;
             assert_eq!(self.queues[owner].pop_front(), Some(*id), "first come, first served within a tenant");
             self.overtaken[owner] = [0; 4];
@@ -199,7 +258,7 @@ impl World {
                 assert!(self.overtaken[other][owner] <= 1, "one turn each, whatever the heads need");
             }
         }
-        let heads = self.queues.iter().filter_map(VecDeque::front).map(|id| self.jobs[id].lives.len());
+        let heads = self.queues.iter().filter_map(VecDeque::front).map(|id| self.jobs[id].needs());
         assert!(heads.max().is_none_or(|needs| needs > free), "somebody is kept waiting though everybody fits");
     }
 
@@ -207,14 +266,14 @@ impl World {
     fn decode(&mut self, plan: &Plan) {
         let decoded: Vec<_> = plan.spans.iter().take_while(|span| span.choice.is_some()).collect();
         let mut expected = Vec::new();
-        for (&id, job) in &self.jobs {
+        for (&id, job) in self.jobs.iter().filter(|(_, job)| !job.seats.is_empty()) {
             expected
                 .extend((0..job.waiting.len()).filter(|&choice| job.waiting[choice] > 0).map(|choice| (id, choice)));
         }
         assert_eq!(decoded.iter().map(|span| (span.job, span.choice.unwrap())).collect::<Vec<_>>(), expected);
         for span in decoded {
             let (job, choice) = (self.jobs.get_mut(&span.job).unwrap(), span.choice.unwrap());
-            let from = if job.moved[choice] { job.seats[choice] } else { job.seats[0] };
+            let from = if job.moved[choice] { job.seats[choice] } else { job.prompt_seat() };
             assert_eq!((span.from, span.seat), (from, job.seats[choice]));
             assert_eq!((span.tokens.clone(), span.last), (0..job.waiting[choice], true));
             job.moved[choice] = true;
@@ -232,7 +291,7 @@ impl World {
         for span in &plan.spans[decoding..] {
             assert_eq!(span.choice, None, "prompts come after all that decodes");
             let job = self.jobs.get_mut(&span.job).unwrap();
-            assert_eq!((span.from, span.seat), (job.seats[0], job.seats[0]));
+            assert_eq!((span.from, span.seat), (job.prompt_seat(), job.prompt_seat()));
             assert_eq!(span.tokens.start, job.read);
             assert!(!span.tokens.is_empty() && span.tokens.end <= job.stop());
             assert_eq!(span.last, span.tokens.end == job.tokens);
@@ -279,6 +338,7 @@ impl World {
             let lives: usize = job.lives.iter().flatten().map(life).sum();
             job.tokens - job.read + job.waiting.iter().sum::<usize>() + lives
         };
+        self.parked().into_iter().for_each(|id| self.go_on(id));
         let mut steps: usize = self.jobs.values().map(left).sum();
         while !self.scheduler.idle() {
             assert!(steps > 0, "everyone finishes");
@@ -309,6 +369,8 @@ fn op() -> impl Strategy<Value = Op> {
         }),
         1 => any::<prop::sample::Index>().prop_map(Op::Cancel),
         1 => (any::<prop::sample::Index>(), 0..8usize).prop_map(|(job, choice)| Op::EndChoice(job, choice)),
+        1 => any::<prop::sample::Index>().prop_map(Op::Park),
+        2 => any::<prop::sample::Index>().prop_map(Op::Unpark),
         8 => Just(Op::Step),
     ]
 }

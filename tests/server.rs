@@ -28,6 +28,8 @@ mod process;
 mod quotas;
 #[path = "server/rebuilt.rs"]
 mod rebuilt;
+#[path = "server/responses.rs"]
+mod responses;
 #[path = "support/server.rs"]
 mod server;
 #[path = "server/sessions.rs"]
@@ -38,6 +40,8 @@ mod speculation;
 mod states;
 #[path = "support/store.rs"]
 mod store;
+#[path = "server/streams.rs"]
+mod streams;
 #[path = "server/swept.rs"]
 mod swept;
 #[path = "server/tenants.rs"]

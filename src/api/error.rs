@@ -32,6 +32,8 @@ pub enum Error {
     UnknownState(String),
     #[error("no session `{0}`")]
     UnknownSession(String),
+    #[error("no item `{0}` in this conversation")]
+    UnknownItem(String),
     #[error("{0}")]
     Unauthorized(&'static str),
     #[error("there is nothing at {0}; GET /docs shows every route")]
@@ -112,10 +114,15 @@ impl Error {
             Self::Panic => Wire::new(500, "internal_error"),
             Self::UnknownState(_) => Wire::new(404, "state_not_found").param(Some("state_id")),
             Self::UnknownSession(_) => Wire::new(404, "session_not_found").param(Some("session_id")),
+            Self::UnknownItem(_) => Wire::new(404, "item_not_found").param(Some("item_id")),
             Self::Session(error) => match error {
                 S::ModelNotFound(_) => Wire::new(404, "model_not_found").param(Some("model")),
                 S::StateNotFound(_) => Wire::new(404, "state_not_found").param(Some("state_id")),
                 S::SessionNotFound(_) => Wire::new(404, "session_not_found").param(Some("session_id")),
+                S::ResponseNotFound(_) => Wire::new(404, "response_not_found").param(Some("response_id")),
+                S::ConversationNotFound(_) => Wire::new(404, "conversation_not_found").param(Some("conversation")),
+                S::ItemNotFound(_) => Wire::new(404, "item_not_found").param(Some("item_id")),
+                S::Cancelled => Wire::new(409, "response_cancelled").last(),
                 S::StateModelMismatch { .. } => Wire::new(409, "state_model_mismatch").param(Some("state_id")).last(),
                 S::InitialStateMismatch { .. } => {
                     Wire::new(409, "initial_state_mismatch").param(Some("session_id")).last()

@@ -133,6 +133,19 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
     }
 }
 
+/// The two variables of a route's path, percent-decoded.
+pub struct Names(pub String, pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Names {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Error> {
+        let names = parts.extract::<Path<(String, String)>>().await;
+        let Path((first, second)) = names.map_err(|_| Error::NoRoute(parts.uri.path().into()))?;
+        Ok(Self(first, second))
+    }
+}
+
 /// A query string; an unknown or malformed parameter is refused.
 pub struct Query<T>(pub T);
 

@@ -10,9 +10,11 @@ mod openai;
 mod portable;
 mod reading;
 mod record;
+mod responses;
 mod sessions;
 mod sse;
 mod states;
+mod streams;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -96,6 +98,19 @@ fn documented() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::with_openapi(outline())
         .routes(routes!(openai::completions::completions))
         .routes(routes!(openai::chat::chat_completions))
+        .routes(routes!(streams::show_stream))
+        .routes(routes!(responses::create_response))
+        .routes(routes!(responses::show_response, responses::delete_response))
+        .routes(routes!(responses::cancel_response))
+        .routes(routes!(responses::list_input_items))
+        .routes(routes!(responses::conversations::create_conversation))
+        .routes(routes!(
+            responses::conversations::show_conversation,
+            responses::conversations::update_conversation,
+            responses::conversations::delete_conversation
+        ))
+        .routes(routes!(responses::conversations::list_items, responses::conversations::create_items))
+        .routes(routes!(responses::conversations::show_item, responses::conversations::delete_item))
         .routes(routes!(models::list_models))
         .routes(routes!(models::show_model))
         .routes(routes!(states::list_states, reading::read_state))
@@ -127,6 +142,7 @@ fn outline() -> OpenApi {
         ),
         tags(
             (name = "generate", description = "Text from a prompt, a conversation or a stored state"),
+            (name = "responses", description = "OpenAI's Responses and Conversations, over states and sessions"),
             (name = "models", description = "What is served"),
             (name = "states", description = "Immutable snapshots that later turns may continue from"),
             (name = "sessions", description = "Named conversations"),

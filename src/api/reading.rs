@@ -18,7 +18,7 @@ use super::openai::{
 use super::record::Record;
 use super::states::StateObject;
 use super::{App, Error};
-use crate::session::{Input, Prompt, Start, Turn, check_metadata};
+use crate::session::{Delivery, Input, Prompt, Start, Turn, check_metadata};
 use crate::types::{Sampling, StateId};
 
 /// A text to read. Nothing is generated, so what steers a generation is refused.
@@ -100,6 +100,7 @@ impl ReadRequest {
             initial_state: self.initial_state,
             idempotency_key: None,
             metadata,
+            delivery: Delivery::default(),
         })
     }
 }
@@ -152,10 +153,10 @@ pub async fn read_state(
     }
     let tenant = head.caller.tenant.clone();
     let (running, receipt) = app.sessions.read(request.turn(head)?).await?;
-    record.begins(&running);
+    record.begins(&running.facts);
     let state = StateObject::from(app.sessions.state(&tenant, &receipt.id).await?);
     let id = state.id.parse().expect("an id is made of ASCII letters and digits");
-    let usage = Usage::new(running.prompt_tokens, running.cached_tokens.into(), 0);
+    let usage = Usage::new(running.facts.prompt_tokens, running.facts.cached_tokens.into(), 0);
     let mut response = Json(ReadState { state, usage }).into_response();
     response.headers_mut().insert(STATE_ID, id);
     if let Some(list) = ignored_header(&ignored) {

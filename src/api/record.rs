@@ -87,8 +87,16 @@ impl Record {
     }
 
     /// A turn was accepted.
-    pub fn begins(&self, running: &crate::session::Running) {
-        self.begins_as(&running.model, running.prompt_tokens, running.cached_tokens.clone(), running.choices);
+    pub fn begins(&self, facts: &crate::session::Facts) {
+        self.begins_as(&facts.model, facts.prompt_tokens, facts.cached_tokens.clone(), facts.choices);
+    }
+
+    /// Somebody goes on reading a turn that another request has begun, and whose prompt was counted there.
+    pub fn goes_on(&self, running: &crate::session::Running) {
+        let facts = &running.facts;
+        if !running.over {
+            self.begins_as(&facts.model, 0, Cached::default(), facts.choices);
+        }
     }
 
     fn begins_as(&self, model: &str, prompt_tokens: u64, cached_tokens: Cached, choices: usize) {

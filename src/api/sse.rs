@@ -17,32 +17,45 @@ use crate::session::Event;
 use crate::telemetry::metrics::StreamOpen;
 
 /// Proxies close connections that say nothing; a long prompt must not look like one.
-const PING: Duration = Duration::from_secs(15);
+pub const PING: Duration = Duration::from_secs(15);
 
 /// nginx would otherwise hold the events back.
 const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
-/// The reply that streams a turn. When the client goes away, `events` and the turn behind it are dropped.
+/// The reply that streams a turn, after the frame of number `after` if the client has that. When the client goes away,
+/// `events` are dropped.
 pub fn reply<S: Shape>(
     chunks: Chunks<S>,
     events: impl Stream<Item = Event> + Send + Unpin + 'static,
     record: Record,
+    after: Option<u64>,
 ) -> Response {
-    reply_pinging(chunks, events, record, PING)
+    let feed = Feed { after, ..Feed::new(chunks, events, record) };
+    frames(feed, PING)
 }
 
-/// The same, saying something at least once every `ping`.
+/// The same from the beginning, saying something at least once every `ping`.
+#[cfg(test)]
 pub fn reply_pinging<S: Shape>(
     chunks: Chunks<S>,
     events: impl Stream<Item = Event> + Send + Unpin + 'static,
     record: Record,
     ping: Duration,
 ) -> Response {
-    let feed = Feed::new(chunks, events, record);
+    frames(Feed::new(chunks, events, record), ping)
+}
+
+fn frames<S: Shape>(feed: Feed<S, impl Stream<Item = Event> + Send + Unpin + 'static>, ping: Duration) -> Response {
     let frames = futures::stream::unfold(feed, |mut feed| async move {
         let frame = feed.next().await?;
-        Some((Ok::<_, Infallible>(frame), feed))
+        Some((frame, feed))
     });
+    streamed(frames, ping)
+}
+
+/// A reply of frames that says something at least once every `ping`.
+pub fn streamed(frames: impl Stream<Item = Frame> + Send + 'static, ping: Duration) -> Response {
+    let frames = frames.map(Ok::<_, Infallible>);
     let mut response = Sse::new(frames).keep_alive(KeepAlive::new().interval(ping).text("ping")).into_response();
     response.headers_mut().insert(ACCEL_BUFFERING, HeaderValue::from_static("no"));
     response
@@ -57,6 +70,8 @@ struct Feed<S, E> {
     ready: VecDeque<String>,
     /// Number of the next frame.
     sequence: u64,
+    /// The client has the frames up to this one.
+    after: Option<u64>,
     stage: Stage,
     _open: StreamOpen,
 }
@@ -74,10 +89,19 @@ impl<S: Shape, E: Stream<Item = Event> + Unpin> Feed<S, E> {
     fn new(chunks: Chunks<S>, events: E, record: Record) -> Self {
         let ready = chunks.first().iter().map(json).collect();
         let stage = Stage::Running;
-        Self { chunks, events, record, ready, sequence: 0, stage, _open: StreamOpen::new() }
+        Self { chunks, events, record, ready, sequence: 0, after: None, stage, _open: StreamOpen::new() }
     }
 
     async fn next(&mut self) -> Option<Frame> {
+        loop {
+            let (number, frame) = self.numbered().await?;
+            if self.after.is_none_or(|after| number > after) {
+                return Some(frame);
+            }
+        }
+    }
+
+    async fn numbered(&mut self) -> Option<(u64, Frame)> {
         while self.ready.is_empty() && self.stage == Stage::Running {
             match self.events.next().await {
                 Some(event) => self.take(event),
@@ -89,9 +113,9 @@ impl<S: Shape, E: Stream<Item = Event> + Unpin> Feed<S, E> {
             // Now, not at the next poll: many clients hang up when they have seen `[DONE]`.
             self.record.ends();
         }
-        let id = format!("{}:{}", self.chunks.response_id(), self.sequence);
+        let number = self.sequence;
         self.sequence += 1;
-        Some(Frame::default().id(id).data(data))
+        Some((number, Frame::default().id(format!("{}:{number}", self.chunks.response_id())).data(data)))
     }
 
     fn take(&mut self, event: Event) {

@@ -95,6 +95,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let models = load.await.context("loading was interrupted")??;
     let cards: Vec<ModelCard> = models.iter().map(|m| m.card.clone()).collect();
     sessions.open(models);
+    // Answers that were promised to go on, by this process's predecessor.
+    let unfinished = sessions.clone();
+    tokio::spawn(async move { unfinished.recover().await });
     print(&format!("{}\n", welcome(&config, &cards, address)?))?;
     server.await.context("the server stopped")??;
     tracing::info!("stopped");

@@ -28,11 +28,20 @@ pub(super) enum Logits<'a> {
 /// What came of it.
 #[derive(Default)]
 pub(super) struct Drawn {
-    /// The text of each token that was sampled; some may be empty.
-    pub said: Vec<String>,
+    /// What each token that was sampled gave to say.
+    pub said: Vec<Said>,
     /// How many of the draft's tokens were sampled indeed.
     pub right: usize,
     pub end: Option<Result<Finish, sample::Error>>,
+}
+
+/// What there is to say after a token.
+#[derive(Clone, Default)]
+pub(super) struct Said {
+    /// Often empty.
+    pub text: String,
+    /// The tokens since the last text; none without text.
+    pub ids: Vec<u32>,
 }
 
 impl Draw<'_> {
@@ -50,7 +59,8 @@ impl Draw<'_> {
                 Err(why) => return drawn.end = Some(Err(why)),
             };
             let accepted = response.accept(token, text);
-            drawn.said.push(accepted.text);
+            let ids = if accepted.text.is_empty() { Vec::new() } else { response.take_unreported() };
+            drawn.said.push(Said { text: accepted.text, ids });
             drawn.end = accepted.finish.map(Ok);
             let right = draft.get(n) == Some(&token);
             drawn.right += usize::from(right);

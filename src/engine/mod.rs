@@ -1,12 +1,14 @@
 //! L2: one thread, one loop for each model: plan → step → sample → commit.
 //!
 //! A [`Job`] goes in with everything it needs, its state included; [`Event`]s come out, the state to be kept included. The
-//! loop does no I/O. Dropping the receiver of a job's events cancels it within one step.
+//! loop does no I/O. Dropping the receiver of a job's events cancels it within one step; a [`Pause`] parks it within one.
 
 mod backend;
 mod coin;
 mod draft;
 mod draw;
+mod park;
+mod replay;
 mod response;
 mod run;
 mod worth;
@@ -24,6 +26,8 @@ use crate::types::{Finish, Memory, Sampling, SegmentData, Tenant};
 
 pub use crate::model::ARITHMETIC;
 pub use backend::{Backend, ModelBackend, Speculation};
+pub use park::Pause;
+pub use replay::Replay;
 
 /// Some choices of one prompt.
 #[derive(Clone, Debug)]
@@ -48,6 +52,10 @@ pub struct Job {
     pub max_tokens: u64,
     /// Whether [`Event::Done`] brings the state.
     pub keep: bool,
+    /// Parks it while it is set.
+    pub pause: Pause,
+    /// What an earlier process had sent of it; empty for a job of several choices.
+    pub replay: Replay,
     /// Which states on the way are wanted.
     pub checkpoints: Option<Checkpoints>,
 }
@@ -96,8 +104,8 @@ impl Job {
 /// What a job reports.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// Text to append to a choice (counted within the job); never empty.
-    Text { choice: usize, text: String },
+    /// Text to append to a choice (counted within the job); never empty. `ids` are the tokens sampled since the last text.
+    Text { choice: usize, text: String, ids: Vec<u32> },
     /// A choice is complete.
     Done { choice: usize, finish: Finish, sampled: u64, kept: Option<Box<Kept>> },
     /// The job failed; nothing follows.
@@ -125,6 +133,13 @@ pub struct Full {
 #[derive(Debug)]
 pub struct Permit(#[allow(dead_code, reason = "its drop is what counts")] OwnedSemaphorePermit);
 
+/// What the engine's thread is sent.
+enum Letter {
+    Job(Box<Submission>),
+    /// Something outside has changed: a pause, or a receiver that was dropped.
+    Look,
+}
+
 struct Submission {
     job: Job,
     events: mpsc::UnboundedSender<Event>,
@@ -140,7 +155,7 @@ struct Gauges {
 
 /// The way to one engine. The engine's thread ends when the handle is dropped.
 pub struct Handle {
-    inbox: Option<std::sync::mpsc::Sender<Submission>>,
+    inbox: Option<std::sync::mpsc::Sender<Letter>>,
     places: Arc<Semaphore>,
     capacity: usize,
     gauges: Arc<Gauges>,
@@ -190,11 +205,20 @@ impl Handle {
     pub fn submit(&self, job: Job, permit: Permit) -> mpsc::UnboundedReceiver<Event> {
         let (events, receiver) = mpsc::unbounded_channel();
         let inbox = self.inbox.as_ref().expect("the inbox lives as long as the handle");
-        if let Err(lost) = inbox.send(Submission { job, events, permit }) {
+        let letter = Letter::Job(Box::new(Submission { job, events, permit }));
+        if let Err(std::sync::mpsc::SendError(Letter::Job(lost))) = inbox.send(letter) {
             // The thread has ended; whoever listens hears it.
-            let _ = lost.0.events.send(Event::Failed("the engine has stopped".into()));
+            let _ = lost.events.send(Event::Failed("the engine has stopped".into()));
         }
         receiver
+    }
+
+    /// Makes an engine that sleeps look at what has changed: pauses, and receivers that were dropped.
+    pub fn look(&self) {
+        if let Some(inbox) = &self.inbox {
+            // An engine that has ended has nothing to look at.
+            let _ = inbox.send(Letter::Look);
+        }
     }
 
     /// About as long as one job takes: one place is then likely free.

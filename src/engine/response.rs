@@ -38,6 +38,10 @@ pub struct Response {
     /// The most tokens a state had read, at any time so far, of which none turned out to be held back then: what a stop
     /// string may take out of the response is never in a state of so many.
     anchor: usize,
+    /// What an earlier process sampled: taken instead of sampling.
+    forced: Vec<u32>,
+    /// How many of its tokens, an end token included, were told of beside text.
+    reported: usize,
 }
 
 /// What one more token means.
@@ -73,6 +77,7 @@ impl Response {
         let mut output = Output::new(&job.stop, trim);
         // By the same rules as before it is held back again; with other stop strings it may be free now.
         let primed = output.push(&unseen).text;
+        let reported = tokens.len();
         Self {
             sampling: job.sampling.clone(),
             stop_tokens: job.stop_tokens.clone(),
@@ -90,6 +95,8 @@ impl Response {
             recent,
             ended_by: None,
             anchor: 0,
+            forced: job.replay.ids.clone(),
+            reported,
         }
     }
 
@@ -118,8 +125,24 @@ impl Response {
         (self.tokens.len() - self.replayed) as u64 + u64::from(self.ended_by.is_some())
     }
 
+    /// The tokens sampled since this was last asked, an end token included.
+    pub fn take_unreported(&mut self) -> Vec<u32> {
+        let from = std::mem::replace(&mut self.reported, self.tokens.len() + usize::from(self.ended_by.is_some()));
+        let mut ids = self.tokens.get(from..).unwrap_or_default().to_vec();
+        ids.extend(self.ended_by.filter(|_| from <= self.tokens.len()));
+        ids
+    }
+
+    /// All tokens it has are known to whoever listens.
+    pub fn mark_reported(&mut self) {
+        self.reported = self.tokens.len();
+    }
+
     /// Chooses the next token.
     pub fn sample(&self, logits: &mut [f32]) -> Result<u32, sample::Error> {
+        if let Some(&id) = self.forced.get(self.tokens.len() - self.replayed) {
+            return Ok(id);
+        }
         let tail = &self.recent[self.recent.len() - self.recent.len().min(TAIL)..];
         let coin = coin(self.sampling.seed, self.choice, self.start + self.tokens.len() as u64);
         sample::sample(logits, &self.sampling, &self.counts, tail, coin)

@@ -11,10 +11,11 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::draft::Drafter;
-use super::draw::{Draw, Drawn, Logits};
+use super::draw::{Draw, Drawn, Logits, Said};
+use super::park::Parked;
 use super::response::Response;
 use super::worth::{Ahead, Costs};
-use super::{Backend, Checkpoint, Event, Gauges, Job, Kept, Permit, Submission};
+use super::{Backend, Checkpoint, Event, Gauges, Job, Kept, Letter, Permit, Submission, replay};
 use crate::scheduler::{JobId, Limits, Need, Next, Plan, Scheduler, Seat, Span};
 use crate::telemetry::{clock, metrics};
 use crate::text::Tokenizer;
@@ -23,11 +24,11 @@ use crate::types::{Finish, Memory, Row, SeqId, SlotId, Want};
 /// Everything the engine thread owns.
 pub(super) struct Engine {
     name: String,
-    backend: Box<dyn Backend>,
+    pub(super) backend: Box<dyn Backend>,
     text: Arc<dyn Tokenizer>,
-    scheduler: Scheduler,
+    pub(super) scheduler: Scheduler,
     seats: usize,
-    jobs: BTreeMap<JobId, Live>,
+    pub(super) jobs: BTreeMap<JobId, Live>,
     next_job: u64,
     gauges: Arc<Gauges>,
     /// Of the step under way; kept so that no step allocates them.
@@ -36,19 +37,26 @@ pub(super) struct Engine {
     costs: Costs,
 }
 
-/// A job in the engine, waiting or running.
-struct Live {
-    job: Job,
+/// A job in the engine, waiting, running or parked.
+pub(super) struct Live {
+    pub job: Job,
     events: UnboundedSender<Event>,
-    permit: Permit,
+    /// `None` once it was parked: somebody else may have its place.
+    pub permit: Option<Permit>,
     since: Instant,
-    seats: Vec<Seat>,
+    pub seats: Vec<Seat>,
+    /// How many of the job's ids are replayed ones of the response.
+    replayed: usize,
     /// Where the prompt is read.
-    prompt: Place,
+    pub prompt: Place,
     /// What every choice begins as.
     response: Response,
     /// Once the prompt is read; `None` = done.
-    choices: Vec<Option<Choice>>,
+    pub choices: Vec<Option<Choice>>,
+    /// Its states while it is parked.
+    pub parked: Option<Parked>,
+    /// The same while it waits for seats to go on.
+    pub resting: Option<Parked>,
 }
 
 pub(super) struct Choice {
@@ -119,9 +127,10 @@ impl Engine {
     }
 
     /// Runs until the handle is dropped.
-    pub fn run(mut self, arrivals: &Receiver<Submission>) {
+    pub fn run(mut self, arrivals: &Receiver<Letter>) {
         while self.receive(arrivals) {
             self.drop_deserted();
+            self.heed_pauses();
             metrics::occupancy(
                 &self.name,
                 self.scheduler.waiting(),
@@ -139,31 +148,35 @@ impl Engine {
     }
 
     /// Takes in what has arrived, and waits for it when there is nothing else to do. False when nobody can send any more.
-    fn receive(&mut self, arrivals: &Receiver<Submission>) -> bool {
+    fn receive(&mut self, arrivals: &Receiver<Letter>) -> bool {
         if self.scheduler.idle() {
             metrics::occupancy(&self.name, 0, 0, self.seats);
             match arrivals.recv() {
-                Ok(submission) => self.take(submission),
+                Ok(letter) => self.open(letter),
                 Err(_) => return false,
             }
         }
         loop {
             match arrivals.try_recv() {
-                Ok(submission) => self.take(submission),
+                Ok(letter) => self.open(letter),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
         }
     }
 
-    fn take(&mut self, Submission { job, events, permit }: Submission) {
+    fn open(&mut self, letter: Letter) {
+        if let Letter::Job(submission) = letter {
+            self.take(*submission);
+        }
+    }
+
+    fn take(&mut self, Submission { mut job, events, permit }: Submission) {
         let id = JobId(self.next_job);
         self.next_job += 1;
         let mut response = Response::new(&job, &*self.text);
         let primed = response.take_primed();
-        if !primed.is_empty() {
-            send(&events, Event::Text { choice: 0, text: primed });
-        }
+        tell(&events, &mut job, Event::Text { choice: 0, text: primed, ids: Vec::new() });
         // A stop string ended it before, or there is nothing to read.
         if response.over() || job.ids.is_empty() {
             let ids = |memory: &Memory| if job.goes_on { memory.pending.ends.clone() } else { Vec::new() };
@@ -175,6 +188,7 @@ impl Engine {
             drop(permit);
             return send(&events, Event::Done { choice: 0, finish: Finish::Stop, sampled: 0, kept });
         }
+        let replayed = replay::begin(&mut job, &mut response, &*self.text);
         let stops = job.checkpoints.as_ref().map_or_else(Vec::new, |wanted| wanted.at.clone());
         let need = Need { tenant: job.tenant.clone(), tokens: job.ids.len(), seats: job.choices, stops };
         if let Err(refused) = self.scheduler.submit(id, need) {
@@ -183,7 +197,9 @@ impl Engine {
         }
         let prompt = Place { current: SlotId(0), fed: 0, anchor: None, shared: false };
         let since = clock::now();
-        let live = Live { job, events, permit, since, seats: Vec::new(), prompt, response, choices: Vec::new() };
+        let (seats, choices, parked, resting) = (Vec::new(), Vec::new(), None, None);
+        let permit = Some(permit);
+        let live = Live { job, events, permit, since, seats, replayed, prompt, response, choices, parked, resting };
         self.jobs.insert(id, live);
     }
 
@@ -288,6 +304,9 @@ impl Engine {
     /// Gives a job its seats and puts its state there.
     fn seat(&mut self, id: JobId, seats: &[Seat]) -> Result<(), String> {
         let Some(live) = self.jobs.get_mut(&id) else { return Ok(()) };
+        if let Some(parked) = live.resting.take().filter(|parked| !parked.is_fresh()) {
+            return self.sit_again(id, seats, parked);
+        }
         let slot = seats[0].slots()[0];
         live.seats = seats.to_vec();
         // Text of what is read now is still held back: the state before it must stay until that is decided.
@@ -359,11 +378,12 @@ impl Engine {
 
     /// Sends the text of a choice's next tokens and says how the choice goes on; gives the tokens that its next row has
     /// beyond the one that every step reads.
-    fn advance(&mut self, id: JobId, index: usize, (mut drawn, ahead): (Drawn, Ahead)) -> usize {
+    fn advance(&mut self, id: JobId, index: usize, (drawn, ahead): (Drawn, Ahead)) -> usize {
         let Some(live) = self.jobs.get_mut(&id) else { return 0 };
         let Some(choice) = live.choices[index].as_mut() else { return 0 };
-        for text in drawn.said.iter_mut().filter(|text| !text.is_empty()) {
-            send(&live.events, Event::Text { choice: index, text: std::mem::take(text) });
+        for said in &drawn.said {
+            let Said { text, ids } = said.clone();
+            tell(&live.events, &mut live.job, Event::Text { choice: index, text, ids });
         }
         if !choice.draft.is_empty() {
             metrics::speculation(&self.name, choice.draft.len(), drawn.right);
@@ -423,9 +443,8 @@ impl Engine {
         // What is held back at the token limit goes out now, or, when the response may go on, with what follows it.
         if finish == Finish::Length && !live.job.keep {
             let text = response.flush();
-            if !text.is_empty() {
-                send(&live.events, Event::Text { choice: index, text });
-            }
+            let ids = if text.is_empty() { Vec::new() } else { response.take_unreported() };
+            tell(&live.events, &mut live.job, Event::Text { choice: index, text, ids });
             // A complete stop string had waited for a longer one that begins earlier.
             if response.over() {
                 finish = Finish::Stop;
@@ -433,10 +452,10 @@ impl Engine {
         }
         if let Some(wanted) = live.job.checkpoints.as_ref().filter(|wanted| wanted.answers) {
             let (slot, fed) = received(&response, place);
-            let (read, answer) = (live.job.ids.len(), response.fed(fed).to_vec());
+            let (read, answer) = (live.job.ids.len() - live.replayed, response.fed(fed).to_vec());
             (wanted.to)(Checkpoint { read, answer, segments: self.backend.snapshot(slot) });
         }
-        let kept = live.job.keep.then(|| Box::new(keep(&live.job, &response, place, &*self.backend, &*self.text)));
+        let kept = live.job.keep.then(|| Box::new(keep(live, &response, place, &*self.backend, &*self.text)));
         let done = Event::Done { choice: index, finish, sampled: response.sampled(), kept };
         if live.choices.iter().any(Option::is_some) {
             return send(&live.events, done);
@@ -466,10 +485,11 @@ fn received(response: &Response, place: Place) -> (SlotId, usize) {
 }
 
 /// The sequence as it is to be kept: a state that has read nothing the client did not receive, and what follows it.
-fn keep(job: &Job, response: &Response, place: Place, backend: &dyn Backend, text: &dyn Tokenizer) -> Kept {
+fn keep(live: &Live, response: &Response, place: Place, backend: &dyn Backend, text: &dyn Tokenizer) -> Kept {
+    let job = &live.job;
     let (slot, fed) = received(response, place);
     let pending = response.pending(fed, text);
-    let mut ids = if job.goes_on { Vec::new() } else { job.ids.clone() };
+    let mut ids = if job.goes_on { Vec::new() } else { job.ids[..job.ids.len() - live.replayed].to_vec() };
     ids.extend_from_slice(response.fed(fed));
     ids.extend_from_slice(&pending.ends);
     let memory = Memory {
@@ -480,6 +500,17 @@ fn keep(job: &Job, response: &Response, place: Place, backend: &dyn Backend, tex
         counts: response.counts(),
     };
     Kept { memory, ids }
+}
+
+/// Sends text, if there is any and an earlier process has not sent it.
+fn tell(events: &UnboundedSender<Event>, job: &mut Job, event: Event) {
+    if matches!(&event, Event::Text { text, .. } if text.is_empty()) {
+        return;
+    }
+    match job.replay.events.checked_sub(1) {
+        Some(left) => job.replay.events = left,
+        None => send(events, event),
+    }
 }
 
 /// Sends an event. Nobody listening is no error: the job is dropped before the next step.

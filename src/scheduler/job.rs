@@ -30,14 +30,50 @@ struct Choice {
     waiting: usize,
 }
 
-impl Job {
-    /// A job that has to read `tokens` tokens, stopping at `stops`, and then has a choice for each of `seats`, which are not
-    /// empty.
-    pub fn new(tokens: usize, seats: &[Seat], stops: Vec<usize>) -> Self {
-        let choices = seats.iter().map(|&seat| Some(Choice { seat, from: seats[0], waiting: 0 })).collect();
-        let mut job = Self { unread: 0..tokens, stops: stops.into(), choices, seats: seats.iter().copied().collect() };
+/// A job without seats: what is left for it to do once it has some.
+#[derive(Clone, Debug)]
+pub(super) struct Rest {
+    unread: Range<usize>,
+    /// Where reading stops on the way.
+    stops: VecDeque<usize>,
+    /// The tokens that wait in each choice; `None` = done.
+    choices: Vec<Option<usize>>,
+}
+
+impl Rest {
+    /// Of a job that has `tokens` tokens to read, stopping at `stops`, for `choices` choices.
+    pub fn new(tokens: usize, choices: usize, stops: Vec<usize>) -> Self {
+        Self { unread: 0..tokens, stops: stops.into(), choices: vec![Some(0); choices] }
+    }
+
+    /// How many seats it takes: one for each choice that is not done.
+    pub fn seats(&self) -> usize {
+        self.choices.iter().flatten().count()
+    }
+
+    /// The job in as many seats. Its states must be there: that of the prompt in the first, or that of each choice in
+    /// its own.
+    pub fn sit(self, seats: &[Seat]) -> Job {
+        let mut free = seats.iter();
+        let reading = !self.unread.is_empty();
+        let choices = self.choices.into_iter().map(|waiting| {
+            let waiting = waiting?;
+            let seat = *free.next().expect("a seat for each choice that is not done");
+            Some(Choice { seat, from: if reading { seats[0] } else { seat }, waiting })
+        });
+        let choices = choices.collect();
+        let seats = seats.iter().copied().collect();
+        let mut job = Job { unread: self.unread, stops: self.stops, choices, seats };
         job.pass();
         job
+    }
+}
+
+impl Job {
+    /// What is left to do.
+    pub fn rest(&self) -> Rest {
+        let choices = self.choices.iter().map(|choice| choice.map(|choice| choice.waiting)).collect();
+        Rest { unread: self.unread.clone(), stops: self.stops.clone(), choices }
     }
 
     /// Forgets the stops that lie behind.

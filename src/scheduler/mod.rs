@@ -7,6 +7,9 @@
 //! Everything that runs is *n tokens waiting*. A prompt's tokens are divisible: they fill what the step's budget
 //! leaves. A choice's tokens (the one just sampled; a draft) are not: they run in the very next step, whole and before
 //! any prompt, so that a long prompt never stalls a running stream.
+//!
+//! A job may be *parked* between two steps: it leaves its seats, or the queue, and is as it was when it is unparked and
+//! has seats again. Who keeps its states meanwhile is not the scheduler's business.
 
 mod job;
 mod ring;
@@ -15,7 +18,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 
 use crate::types::{SlotId, Tenant};
-use job::Job;
+use job::{Job, Rest};
 use ring::Ring;
 
 /// A request for some choices of one prompt. An id is never used twice.
@@ -72,7 +75,8 @@ pub enum Error {
 /// What to run in one step.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// Jobs that begin now, with a seat for each choice. The first holds the state their prompt starts from.
+    /// Jobs that begin now, or go on after they were parked, with a seat for each choice that is not done. The first
+    /// must hold the state their prompt is at or, if it is read, each that of its choice.
     pub admitted: Vec<(JobId, Vec<Seat>)>,
     /// First what decodes, by job and choice, then chunks of prompts. At most one span for each sequence.
     pub spans: Vec<Span>,
@@ -120,6 +124,7 @@ pub struct Scheduler {
     limits: Limits,
     waiting: Ring<Waiting>,
     running: BTreeMap<JobId, Job>,
+    parked: BTreeMap<JobId, Rest>,
     /// The running jobs whose prompt is not read yet.
     reading: Ring<JobId>,
     free: BTreeSet<Seat>,
@@ -128,9 +133,9 @@ pub struct Scheduler {
 #[derive(Clone, Debug)]
 struct Waiting {
     job: JobId,
-    tokens: usize,
-    seats: usize,
-    stops: Vec<usize>,
+    rest: Rest,
+    /// It was parked: it had its place when it was accepted and needs none in the queue.
+    again: bool,
 }
 
 impl Scheduler {
@@ -142,7 +147,8 @@ impl Scheduler {
         let Limits { seats, queue, budget, busy_budget } = limits;
         assert!([seats, queue, budget, busy_budget].iter().all(|&limit| limit > 0), "a limit is zero: {limits:?}");
         let free = (0..).take(seats).map(Seat).collect();
-        Self { limits, waiting: Ring::new(), running: BTreeMap::new(), reading: Ring::new(), free }
+        let (waiting, reading) = (Ring::new(), Ring::new());
+        Self { limits, waiting, running: BTreeMap::new(), parked: BTreeMap::new(), reading, free }
     }
 
     /// Lets a new job wait for its seats.
@@ -154,10 +160,10 @@ impl Scheduler {
         if seats > self.limits.seats {
             return Err(Error::TooLarge { needs: seats, seats: self.limits.seats });
         }
-        if self.waiting() >= self.limits.queue {
+        if self.queued() >= self.limits.queue {
             return Err(Error::Full(self.limits.queue));
         }
-        self.waiting.push(tenant, Waiting { job, tokens, seats, stops });
+        self.waiting.push(tenant, Waiting { job, rest: Rest::new(tokens, seats, stops), again: false });
         self.audit();
         Ok(())
     }
@@ -187,8 +193,32 @@ impl Scheduler {
         self.audit();
     }
 
-    /// Drops a job, waiting or running; all its seats are free at once. An unknown job is no error.
+    /// Takes a job, waiting or running, out of its seats, which are free at once, until [`unpark`](Self::unpark). Only
+    /// after everything that was planned is committed. Any other job is no error.
+    pub fn park(&mut self, job: JobId) {
+        let mut rest = self.waiting.iter().find(|waiting| waiting.job == job).map(|waiting| waiting.rest.clone());
+        self.waiting.retain(|waiting| waiting.job != job);
+        self.reading.retain(|reading| *reading != job);
+        if let Some(running) = self.running.remove(&job) {
+            debug_assert!(!running.awaits_commit(), "the last plan was not committed");
+            self.free.extend(running.seats());
+            rest = Some(running.rest());
+        }
+        self.parked.extend(rest.map(|rest| (job, rest)));
+        self.audit();
+    }
+
+    /// Lets a parked job, which is `tenant`'s, wait for seats to go on. It is never refused. Any other job is no error.
+    pub fn unpark(&mut self, job: JobId, tenant: Tenant) {
+        if let Some(rest) = self.parked.remove(&job) {
+            self.waiting.push(tenant, Waiting { job, rest, again: true });
+        }
+        self.audit();
+    }
+
+    /// Drops a job, waiting, running or parked; all its seats are free at once. An unknown job is no error.
     pub fn cancel(&mut self, job: JobId) {
+        self.parked.remove(&job);
         self.waiting.retain(|waiting| waiting.job != job);
         self.reading.retain(|reading| *reading != job);
         if let Some(running) = self.running.remove(&job) {
@@ -197,7 +227,7 @@ impl Scheduler {
         self.audit();
     }
 
-    /// Whether there is nothing to do and nothing to wait for.
+    /// Whether there is nothing to do and nothing to wait for; parked jobs do not wait.
     pub fn idle(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty()
     }
@@ -205,6 +235,11 @@ impl Scheduler {
     /// Jobs without seats.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// Jobs that take a place in the queue.
+    fn queued(&self) -> usize {
+        self.waiting.iter().filter(|waiting| !waiting.again).count()
     }
 
     /// Jobs in seats.
@@ -225,10 +260,12 @@ impl Scheduler {
         assert_eq!(taken.len(), self.limits.seats, "a seat has two owners or none");
         assert_eq!(taken.iter().collect::<BTreeSet<_>>().len(), taken.len(), "a seat has two owners");
         assert!(self.running.values().all(|job| !job.seats().is_empty()), "a job runs without a seat");
-        assert!(self.waiting.len() <= self.limits.queue, "more wait than may");
+        assert!(self.queued() <= self.limits.queue, "more wait than may");
         let waiting: BTreeSet<JobId> = self.waiting.iter().map(|waiting| waiting.job).collect();
         assert_eq!(waiting.len(), self.waiting.len(), "a job waits twice");
         assert!(waiting.iter().all(|job| !self.running.contains_key(job)), "a running job waits");
+        let active = |job: &JobId| waiting.contains(job) || self.running.contains_key(job);
+        assert!(!self.parked.keys().any(active), "a parked job waits or runs");
         let reading: BTreeSet<JobId> = self.reading.iter().copied().collect();
         let unread = self.running.iter().filter(|(_, job)| job.unread() > 0).map(|(&id, _)| id).collect();
         assert_eq!(reading, unread, "the readers are not the jobs with something to read");
@@ -243,11 +280,14 @@ impl Scheduler {
     /// Gives seats to those who wait, strictly by turn.
     fn admit(&mut self) -> Vec<(JobId, Vec<Seat>)> {
         let mut admitted = Vec::new();
-        while self.waiting.front().is_some_and(|next| next.seats <= self.free.len()) {
-            let (tenant, Waiting { job, tokens, seats, stops }) = self.waiting.pop().expect("there is a front");
-            let seats: Vec<Seat> = std::iter::from_fn(|| self.free.pop_first()).take(seats).collect();
-            self.running.insert(job, Job::new(tokens, &seats, stops));
-            self.reading.push(tenant, job);
+        while self.waiting.front().is_some_and(|next| next.rest.seats() <= self.free.len()) {
+            let (tenant, Waiting { job, rest, .. }) = self.waiting.pop().expect("there is a front");
+            let seats: Vec<Seat> = std::iter::from_fn(|| self.free.pop_first()).take(rest.seats()).collect();
+            let sitting = rest.sit(&seats);
+            if sitting.unread() > 0 {
+                self.reading.push(tenant, job);
+            }
+            self.running.insert(job, sitting);
             admitted.push((job, seats));
         }
         admitted

@@ -1,6 +1,7 @@
 //! L3: use-cases. Resume a state, tokenise only what is new, submit it, stream, keep the child, commit the turn.
 
 mod branch;
+mod conversations;
 mod initial;
 mod keep;
 mod origin;
@@ -12,6 +13,7 @@ mod quota;
 mod rebuild;
 mod retain;
 mod run;
+mod streams;
 mod sweep;
 mod turn;
 
@@ -30,15 +32,18 @@ use crate::state::{self, Archive};
 use crate::text::{Profile, Tokenizer};
 use crate::types::{Message, Sampling, Segment, SessionId, StateId, Tenant, TurnUsage};
 use prefix::PrefixCache;
+use streams::Hub;
 
 pub use branch::Branching;
+pub use conversations::{Conversation, StoredItem};
 pub use initial::InitialStates;
 pub use portable::check_metadata;
 pub use prefix::PrefixLimits;
 pub use quota::{Quota, Quotas};
 pub use retain::{Policy, SweepPace};
+pub use streams::{Facts, SoFar, StreamLimits};
 pub use sweep::Swept;
-pub use turn::{Cached, Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
+pub use turn::{Cached, Delivery, Error, Event, Input, Prompt, Running, Start, StateError, StateReceipt, Turn};
 
 /// What is known of a served model.
 #[derive(Clone, Debug)]
@@ -192,6 +197,7 @@ pub struct Sessions {
     /// Ends them when their time is up.
     stop: CancellationToken,
     busy: Busy,
+    hub: Arc<Hub>,
     /// What was read before; `None` = nothing is kept.
     prefix: Option<Arc<PrefixCache>>,
 }
@@ -210,6 +216,7 @@ impl Sessions {
             turns: TaskTracker::new(),
             stop: CancellationToken::new(),
             busy: Busy::default(),
+            hub: Arc::new(Hub::new(StreamLimits::default(), false)),
             prefix: None,
         }
     }
@@ -217,6 +224,11 @@ impl Sessions {
     /// How many states are kept, and of whom how many.
     pub fn with_policy(self, policy: Policy) -> Self {
         Self { policy: Arc::new(policy), ..self }
+    }
+
+    /// With other limits of streams; `shared` says that other servers have the same store.
+    pub fn with_streams(self, limits: StreamLimits, shared: bool) -> Self {
+        Self { hub: Arc::new(Hub::new(limits, shared)), ..self }
     }
 
     /// Keeps what turns have read, so that no turn reads it again.
@@ -247,6 +259,7 @@ impl Sessions {
     /// Refuses new turns from now on.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Release);
+        self.hub.drain();
         self.turns.close();
     }
 

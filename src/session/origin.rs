@@ -45,8 +45,17 @@ impl Origin {
     /// Whether the session is where the turn expects it.
     pub fn check(&self, start: &Start) -> Result<(), Error> {
         let Start::Session { id, if_match: Some(expected) } = start else { return Ok(()) };
+        self.check_head(id, Some(expected))
+    }
+
+    /// Whether a turn that an earlier process had begun from `parent` still begins there.
+    pub fn check_parent(&self, parent: Option<&StateId>) -> Result<(), Error> {
+        self.session.as_ref().map_or(Ok(()), |session| self.check_head(&session.id, parent))
+    }
+
+    fn check_head(&self, id: &SessionId, expected: Option<&StateId>) -> Result<(), Error> {
         let head = self.parent.as_ref().map(|parent| &parent.id);
-        if head == Some(expected) {
+        if head == expected {
             return Ok(());
         }
         let head = head.map_or_else(|| "not there yet".into(), StateId::to_string);

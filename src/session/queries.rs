@@ -117,6 +117,7 @@ impl Sessions {
 
     /// Ends a session at once and removes its states, but for those other sessions have. Not while it runs a turn.
     pub async fn delete_session(&self, tenant: &Tenant, id: &SessionId) -> Result<(), Error> {
+        self.hub.supersede(tenant, id).await;
         let _turnstile = self.busy.enter(tenant, id, None)?;
         let deleted = self.archive.delete(tenant, id, clock::unix_seconds()).await?;
         self.policy.quotas.count_again(tenant).await;

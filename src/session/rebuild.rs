@@ -157,6 +157,8 @@ impl Sessions {
             // The token is sampled and never read: the state is that after the ids.
             max_tokens: 1,
             keep: true,
+            pause: crate::engine::Pause::default(),
+            replay: crate::engine::Replay::default(),
             checkpoints: None,
         };
         let mut events = model.engine.submit(job, permit.into_iter().next().expect("one was asked for"));

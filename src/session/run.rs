@@ -1,10 +1,7 @@
 //! Running a turn: resume, read what is new, stream, keep.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-
-use futures::stream::{self, SelectAll, StreamExt};
-use tokio::sync::mpsc;
 
 use super::initial::Fresh;
 use super::keep::{Keeper, NotKept, said};
@@ -12,25 +9,42 @@ use super::origin::{Origin, Parent};
 use super::prefix;
 use super::prefix::Reader;
 use super::prompt::{self, Reading};
-use super::{Cached, Error, Event, Input, Model, Running, Sessions, StateReceipt, Turn};
+use super::streams::{Facts, NewStream, Resumed, Source, Why, Writer};
+use super::{Cached, Error, Event, Input, Model, Running, Sessions, Start, StateReceipt, Turn};
 use crate::engine::{self, Job, Permit};
 use crate::state::Entry;
 use crate::telemetry::clock;
 use crate::text::Trim;
 use crate::types::{Memory, SessionId};
-
-/// Events that wait for a slow reader before the turn's task does.
-const BACKLOG: usize = 64;
+use futures::FutureExt;
+use futures::stream::{self, SelectAll, StreamExt};
 
 impl Sessions {
     /// Runs a turn. Everything that can be refused is refused here, before the first event.
     pub async fn start(&self, turn: Turn) -> Result<Running, Error> {
+        if let Start::Session { id, .. } = &turn.start {
+            self.hub.supersede(&turn.tenant, id).await;
+        }
+        self.begin(turn, None).await
+    }
+
+    /// Runs a turn, from where an earlier process was lost in it.
+    pub(super) async fn begin(&self, turn: Turn, resumed: Option<Resumed>) -> Result<Running, Error> {
         let model = self.find(turn.model.as_deref())?.clone();
         let origin = self.origin(&turn, &model).await?;
-        if let Some(replayed) = self.replay(&turn, &model, &origin).await? {
-            return Ok(replayed);
+        match &resumed {
+            Some(resumed) if resumed.facts.fingerprint != model.card.fingerprint => {
+                let state_model = resumed.facts.model.clone();
+                return Err(Error::StateModelMismatch { state_model, model: model.card.id.clone() });
+            }
+            Some(resumed) => origin.check_parent(resumed.parent.as_ref())?,
+            None => {
+                if let Some(replayed) = self.replay(&turn, &model, &origin).await? {
+                    return Ok(replayed);
+                }
+                origin.check(&turn.start)?;
+            }
         }
-        origin.check(&turn.start)?;
         let fresh = fresh(&turn, &model, &origin)?;
         let memory = origin.parent.as_ref().map(|p| p.memory.clone());
         let (turn, readings) = {
@@ -53,6 +67,9 @@ impl Sessions {
         if max_tokens == 0 {
             jobs.iter_mut().for_each(|(job, _)| only_read(job, &model));
         }
+        if let Some(resumed) = &resumed {
+            jobs = resumed.jobs(jobs);
+        }
         if jobs.len() > model.engine.capacity() {
             let most = model.engine.capacity();
             return invalid(
@@ -73,9 +90,8 @@ impl Sessions {
             let (parent, fresh) = (origin.parent.as_ref(), fresh.as_ref());
             Reader::new(cache, &turn.tenant, &model, (parent, fresh), boundaries, &cached_tokens)
         });
-        let (events, receiver) = mpsc::channel(BACKLOG);
-        let created = clock::unix_seconds();
-        let running = Running {
+        let created = resumed.as_ref().map_or_else(clock::unix_seconds, |resumed| resumed.facts.created);
+        let facts = Facts {
             response_id: turn.response_id.clone(),
             model: model.card.id.clone(),
             fingerprint: model.card.fingerprint.clone(),
@@ -84,8 +100,21 @@ impl Sessions {
             prompt_tokens: readings.iter().map(|r| consumed + r.ids.len() as u64).sum(),
             cached_tokens: cached_tokens.clone(),
             choices: readings.len() * turn.choices,
-            events: receiver,
+            form: turn.delivery.form.clone(),
         };
+        let facts = resumed.as_ref().map_or(facts, |resumed| resumed.facts.clone());
+        let events = resumed.as_ref().map(Resumed::events).unwrap_or_default();
+        let stream = self.hub.open(NewStream { turn: &turn, facts: facts.clone(), model: model.clone(), events });
+        let running = Running::new(facts, Source::Stream(stream.listen()));
+        let mut writer = Writer::new(stream.clone(), self.hub.clone(), self.archive.clone());
+        let mut texts = BTreeMap::new();
+        if let Some(resumed) = resumed {
+            texts.extend((0..stream.facts.choices).map(|choice| (choice, resumed.text(choice))));
+            writer.resume(resumed);
+        } else if turn.delivery.detach {
+            writer.begin(&turn, origin.parent.as_ref().map(|parent| parent.id.clone())).await?;
+        }
+        jobs.iter_mut().for_each(|(job, _)| job.pause = stream.pause.clone());
         let mut keeper = Keeper {
             archive: self.archive.clone(),
             policy: self.policy.clone(),
@@ -103,12 +132,20 @@ impl Sessions {
         let stop = self.stop.clone();
         self.turns.spawn(async move {
             let outputs = submit(&model, jobs, permits, reader.as_ref());
-            tokio::select! {
-                () = forward(outputs, &mut keeper, &events) => {}
-                () = stop.cancelled() => {
-                    let _ = events.try_send(Event::Failed(Error::Draining));
-                }
+            let why = tokio::select! {
+                () = forward(outputs, &mut keeper, &mut writer, texts) => None,
+                () = stop.cancelled() => Some(Why::Interrupted),
+                () = stream.cancel.cancelled() => Some(stream.why()),
+            };
+            // Before anybody hears of the end: the session may be waited for.
+            drop(keeper);
+            match why {
+                None => {}
+                Some(Why::Interrupted) => writer.interrupted(),
+                Some(Why::Cancelled) => writer.cancelled().await,
             }
+            // Receivers were dropped, which an engine that has nothing to do does not see by itself.
+            model.engine.look();
         });
         Ok(running)
     }
@@ -181,9 +218,9 @@ fn fresh(turn: &Turn, model: &Model, origin: &Origin) -> Result<Option<Fresh>, E
 /// A committed turn as a running one.
 fn replayed(entry: Entry, session: &SessionId, model: &Model) -> Option<Running> {
     let record = entry.record;
-    let (events, receiver) = mpsc::channel(2);
+    let mut events = VecDeque::new();
     if !record.answer.is_empty() {
-        events.try_send(Event::Text { choice: 0, text: record.answer }).expect("room for two");
+        events.push_back(Event::Text { choice: 0, text: record.answer });
     }
     let receipt = StateReceipt {
         id: record.state?,
@@ -194,14 +231,13 @@ fn replayed(entry: Entry, session: &SessionId, model: &Model) -> Option<Running>
         bytes: record.bytes,
         expires_at: record.expires_at,
     };
-    let done = Event::Done {
+    events.push_back(Event::Done {
         choice: 0,
         finish: record.finish?,
         completion_tokens: record.usage.completion_tokens,
         stored: Some(Ok(receipt)),
-    };
-    events.try_send(done).expect("room for two");
-    Some(Running {
+    });
+    let facts = Facts {
         response_id: record.response_id,
         model: record.model,
         fingerprint: model.card.fingerprint.clone(),
@@ -210,8 +246,9 @@ fn replayed(entry: Entry, session: &SessionId, model: &Model) -> Option<Running>
         prompt_tokens: record.usage.prompt_tokens,
         cached_tokens: record.usage.cached_tokens.into(),
         choices: 1,
-        events: receiver,
-    })
+        form: String::new(),
+    };
+    Some(Running::new(facts, Source::Told(events)))
 }
 
 fn invalid<T>(param: &'static str, message: &str) -> Result<T, Error> {
@@ -219,7 +256,7 @@ fn invalid<T>(param: &'static str, message: &str) -> Result<T, Error> {
 }
 
 /// A job and the index of its first choice among the turn's.
-type Placed = (Job, usize);
+pub(super) type Placed = (Job, usize);
 
 /// The turn's jobs: one for each prompt, but as many as needed where its choices cannot run in one.
 fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Memory>>, max_tokens: u64) -> Vec<Placed> {
@@ -249,6 +286,8 @@ fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Mem
                 trim: Trim { start: chat && !middle, end: chat },
                 max_tokens,
                 keep: turn.store,
+                pause: engine::Pause::default(),
+                replay: engine::Replay::default(),
                 checkpoints: None,
             };
             jobs.push((job, prompt * turn.choices + first_choice));
@@ -279,35 +318,32 @@ fn submit(model: &Arc<Model>, jobs: Vec<Placed>, permits: Vec<Permit>, reader: O
     jobs.into_iter().zip(permits).map(submit).collect()
 }
 
-/// Passes the jobs' events on, keeping what is to be kept before it is announced, until all are done or nobody listens.
-async fn forward(mut outputs: Outputs, keeper: &mut Keeper, events: &mpsc::Sender<Event>) {
-    let mut texts: BTreeMap<usize, String> = BTreeMap::new();
-    loop {
-        let next = tokio::select! {
-            biased;
-            () = events.closed() => return,
-            next = outputs.next() => next,
-        };
-        let event = match next {
-            None => return,
-            Some((first, engine::Event::Text { choice, text })) => {
+/// Passes the jobs' events on, keeping what is to be kept before it is announced, until all are done. `texts` is what was
+/// sent of each choice before.
+async fn forward(mut outputs: Outputs, keeper: &mut Keeper, writer: &mut Writer, mut texts: BTreeMap<usize, String>) {
+    let mut next = writer.wait(&mut outputs).await;
+    while let Some((first, output)) = next {
+        match output {
+            engine::Event::Text { choice, text, ids } => {
                 if keeper.turn.store {
                     texts.entry(first + choice).or_default().push_str(&text);
                 }
-                Event::Text { choice: first + choice, text }
+                writer.hold(Event::Text { choice: first + choice, text }, ids);
             }
-            Some((first, engine::Event::Done { choice, finish, sampled, kept })) => {
+            engine::Event::Done { choice, finish, sampled, kept } => {
                 let choice = first + choice;
                 let stored = match kept {
                     Some(kept) => {
+                        // Text does not wait for the state.
+                        writer.flush().await;
                         let answer = texts.remove(&choice).unwrap_or_default();
                         match keeper.keep(*kept, answer, finish, sampled).await {
                             Ok(receipt) => Some(Ok(receipt)),
                             Err(NotKept::Lost(error)) => Some(Err(error)),
                             Err(NotKept::Conflict(error)) => {
                                 keeper.session = None;
-                                let _ = events.send(Event::Failed(error)).await;
-                                return;
+                                writer.hold(Event::Failed(error), Vec::new());
+                                return writer.flush().await;
                             }
                         }
                     }
@@ -315,16 +351,22 @@ async fn forward(mut outputs: Outputs, keeper: &mut Keeper, events: &mpsc::Sende
                 };
                 // Its reader may send the next turn as soon as it has read of this one's end.
                 keeper.session = None;
-                Event::Done { choice, finish, completion_tokens: sampled, stored }
+                writer.hold(Event::Done { choice, finish, completion_tokens: sampled, stored }, Vec::new());
             }
-            Some((_, engine::Event::Failed(why))) => {
+            engine::Event::Failed(why) => {
                 keeper.session = None;
-                let _ = events.send(Event::Failed(Error::Engine(why))).await;
-                return;
+                writer.hold(Event::Failed(Error::Engine(why)), Vec::new());
+                return writer.flush().await;
+            }
+        }
+        next = match writer.has_room().then(|| outputs.next().now_or_never()).flatten() {
+            Some(ready) => ready,
+            None if writer.may_wait() => writer.wait(&mut outputs).await,
+            None => {
+                writer.flush().await;
+                writer.wait(&mut outputs).await
             }
         };
-        if events.send(event).await.is_err() {
-            return;
-        }
     }
+    writer.flush().await;
 }

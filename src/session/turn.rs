@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
 
+use super::streams::{Facts, Source};
 use crate::types::{Finish, Message, Sampling, SessionId, StateId, Tenant};
 
 /// A validated request to generate.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Turn {
     pub tenant: Tenant,
     /// `cmpl-…` or `chatcmpl-…`.
@@ -34,10 +34,24 @@ pub struct Turn {
     pub idempotency_key: Option<String>,
     /// What the client says of the stored state, and of its session from now on.
     pub metadata: BTreeMap<String, String>,
+    pub delivery: Delivery,
+}
+
+/// How a response comes to its client.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Delivery {
+    /// What the wire needs to write the response again.
+    pub form: String,
+    /// It is read as it comes, so that a reader who is lost may come back.
+    pub stream: bool,
+    /// It goes on when nobody listens, and after a restart.
+    pub detach: bool,
+    /// The whole response is stored until it is deleted.
+    pub keep: bool,
 }
 
 /// Where a turn begins.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Start {
     Fresh,
     State(StateId),
@@ -45,7 +59,7 @@ pub enum Start {
 }
 
 /// What is new in a turn.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Input {
     Prompts(Vec<Prompt>),
     /// Empty only when the turn begins from a state or session: the response goes on.
@@ -53,32 +67,20 @@ pub enum Input {
 }
 
 /// One prompt of a completion.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Prompt {
     Text(String),
     Ids(Vec<u32>),
 }
 
-/// A turn under way. Dropping it cancels the generation within one step.
+/// Somebody who listens to a turn. What dropping it means, the turn's [`Delivery`] says.
 #[derive(Debug)]
 pub struct Running {
-    /// The turn's `response_id`, or that of the turn a repeated `Idempotency-Key` brings back.
-    pub response_id: String,
-    /// Served name of the model that answers.
-    pub model: String,
-    /// For `system_fingerprint`.
-    pub fingerprint: String,
-    /// Unix seconds.
-    pub created: u64,
-    /// The seed that was used.
-    pub seed: u64,
-    /// Over all prompts.
-    pub prompt_tokens: u64,
-    /// How many of them were not computed again.
-    pub cached_tokens: Cached,
-    /// Prompts × choices; choice `prompt * n + j`.
-    pub choices: usize,
-    pub(super) events: mpsc::Receiver<Event>,
+    /// The response id in it is the turn's, or that of the turn a repeated `Idempotency-Key` brings back.
+    pub facts: Facts,
+    /// It had ended before this reader came.
+    pub over: bool,
+    events: Source,
 }
 
 /// A number of tokens that were not computed again. It is complete before the turn's first event: a turn may wait for what
@@ -116,9 +118,17 @@ impl From<u64> for Cached {
 }
 
 impl Running {
+    pub(super) fn new(facts: Facts, events: Source) -> Self {
+        let over = match &events {
+            Source::Stream(reader) => reader.is_over(),
+            Source::Told(_) => true,
+        };
+        Self { facts, over, events }
+    }
+
     /// The next event; `None` after the last choice is done or a failure was reported.
     pub async fn next(&mut self) -> Option<Event> {
-        self.events.recv().await
+        self.events.next().await
     }
 }
 
@@ -134,7 +144,7 @@ pub enum Event {
 }
 
 /// What a client learns of a state that was stored.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StateReceipt {
     pub id: StateId,
     pub parent: Option<StateId>,
@@ -162,6 +172,15 @@ pub enum Error {
     StateNotFound(StateId),
     #[error("no session `{0}`")]
     SessionNotFound(SessionId),
+    #[error("no response `{0}`: it never existed, was not stored, was deleted, or its stream has ended for good")]
+    ResponseNotFound(String),
+    #[error("no conversation `{0}`")]
+    ConversationNotFound(String),
+    #[error("no item `{0}` in this conversation")]
+    ItemNotFound(String),
+    /// Only ever the last event of a response.
+    #[error("the response was cancelled")]
+    Cancelled,
     #[error(
         "the state belongs to other weights (model `{state_model}`) than `{model}` serves; resume it with the model that made it"
     )]

@@ -5,6 +5,10 @@
 //! t/{tenant}/sessions/{session id}/{turn}    one turn record, twelve digits, JSON           (record)
 //! t/{tenant}/forks|evicted|keys/…            what neither can say of itself                 (marks)
 //! t/{tenant}/aside/{state id}                a damaged snapshot that is out of the way      (remnant)
+//! t/{tenant}/streams/{response id}/{n}       what was sent of a response while it runs      (journal)
+//! t/{tenant}/responses/{response id}         a response that is kept, once it has ended     (journal)
+//! t/{tenant}/conversations/{id}/{n}          what was done to a conversation beside turns   (journal)
+//! running/{tenant}/{response id}             nothing: its name says that it has a stream    (journal)
 //! ```
 //!
 //! [`Store`] keeps bytes under keys, [`Archive`] gives keys and bytes their meaning. Everything is written once, by
@@ -15,6 +19,7 @@ mod archive;
 mod bucket;
 mod codec;
 mod fit;
+mod journal;
 mod lineage;
 mod local;
 mod marks;
@@ -32,6 +37,7 @@ pub use archive::{Archive, Listed, Stored, Wanted, is_state};
 pub use bucket::{Bucket, BucketUrl};
 pub use codec::{Damaged, FORMATS, Info, decode, decode_head, encode, encode_as, head_len};
 pub use fit::fits;
+pub use journal::Journal;
 pub use lineage::{At, Turn};
 pub use local::Local;
 pub use marks::Origin;

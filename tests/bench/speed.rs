@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use rayon::prelude::*;
 use rewake::config;
-use rewake::engine::{Event, Handle, Job, ModelBackend};
+use rewake::engine::{Event, Handle, Job, ModelBackend, Pause, Replay};
 use rewake::model::{Checkpoint, LoadOptions, Model, Team, load};
 use rewake::scheduler::Limits;
 use rewake::state::{Archive, InMemory, Local, Store};
@@ -63,6 +63,8 @@ fn job(ids: Vec<u32>, max_tokens: u64) -> Job {
         trim: Trim::default(),
         max_tokens,
         keep: false,
+        pause: Pause::default(),
+        replay: Replay::default(),
         checkpoints: None,
     }
 }

@@ -476,6 +476,103 @@ def a_repeated_idempotency_key_runs_once(client, model):
     assert state_of(client.completions.create(**turn))["turn"] == 2
 
 
+# Responses and conversations
+
+
+def ask(model, text, **more):
+    return {"model": model, "input": text, "temperature": 0, "max_output_tokens": 12, **more}
+
+
+@check(OPEN)
+def a_response_has_the_shape_of_openai_s_and_is_kept(client, model):
+    response = client.responses.create(**ask(model, "A dog?", metadata={"a": "b"}, instructions="Be brief."))
+    assert response.id.startswith("resp_") and response.object == "response" and response.model == model
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert response.output_text and response.output[0].content[0].text == response.output_text
+    assert response.usage.output_tokens == 12 and response.usage.total_tokens == response.usage.input_tokens + 12
+    assert response.metadata == {"a": "b"} and response.instructions == "Be brief."
+    assert client.responses.retrieve(response.id) == response
+    [item] = list(client.responses.input_items.list(response.id))
+    assert (item.role, item.content[0].text) == ("user", "A dog?")
+    client.responses.delete(response.id)
+    raises(openai.NotFoundError, lambda: client.responses.retrieve(response.id), code="response_not_found")
+
+
+@check(OPEN)
+def a_response_goes_on_from_the_state_of_another(client, model):
+    first = client.responses.create(**ask(model, "A dog?"))
+    on = [client.responses.create(**ask(model, "And a cat?", previous_response_id=first.id)) for _ in range(2)]
+    assert on[0].output_text == on[1].output_text
+    # But for what was sampled last and not yet read.
+    assert first.usage.total_tokens - on[0].usage.input_tokens_details.cached_tokens < 12
+    gone = lambda: client.responses.create(**ask(model, "And?", previous_response_id="resp_0"))
+    raises(openai.NotFoundError, gone, code="response_not_found")
+
+
+@check(OPEN)
+def a_response_is_streamed_and_its_stream_read_again(client, model):
+    with client.responses.stream(**ask(model, "A dog?")) as stream:
+        events = list(stream)
+    # `get_final_response` knows no other end than `response.completed`.
+    final = events[-1].response
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    said = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert said == final.output_text == client.responses.create(**ask(model, "A dog?")).output_text
+    assert [events[0].type, events[-1].type] == ["response.created", "response.incomplete"]
+    again = list(client.responses.retrieve(final.id, stream=True, starting_after=6))
+    assert [event.sequence_number for event in again] == list(range(7, len(events)))
+
+
+@check(OPEN)
+def a_response_in_the_background_is_polled_and_cancelled(client, model):
+    response = client.responses.create(**ask(model, "A dog?", background=True))
+    while response.status in ("queued", "in_progress"):
+        response = client.responses.retrieve(response.id)
+    assert response.output_text == client.responses.create(**ask(model, "A dog?")).output_text
+    # Neither the end of text nor the line break, two of which end an answer of the embedded model.
+    endless = ask(model, "A dog?", background=True, extra_body={"logit_bias": {"0": -100, "199": -100}})
+    running = client.responses.create(**endless | {"max_output_tokens": 900_000})
+    assert client.responses.cancel(running.id).status == "cancelled"
+    assert client.responses.retrieve(running.id).status == "cancelled"
+
+
+@check(OPEN)
+def a_conversation_keeps_its_items(client, model):
+    hello = {"type": "message", "role": "user", "content": "Hello."}
+    conversation = client.conversations.create(metadata={"topic": "dogs"}, items=[hello])
+    response = client.responses.create(**ask(model, "A dog?", conversation=conversation.id))
+    assert response.conversation.id == conversation.id
+    items = list(client.conversations.items.list(conversation.id, order="asc"))
+    assert [item.content[0].text for item in items] == ["Hello.", "A dog?", response.output_text]
+    client.conversations.items.create(conversation.id, items=[hello])
+    assert len(list(client.conversations.items.list(conversation.id, limit=2))) == 4
+    assert client.conversations.items.retrieve(items[0].id, conversation_id=conversation.id) == items[0]
+    client.conversations.items.delete(items[0].id, conversation_id=conversation.id)
+    assert client.conversations.update(conversation.id, metadata={"topic": "cats"}).metadata == {"topic": "cats"}
+    assert client.conversations.retrieve(conversation.id).metadata == {"topic": "cats"}
+    client.conversations.delete(conversation.id)
+    raises(openai.NotFoundError, lambda: client.conversations.retrieve(conversation.id), code="conversation_not_found")
+
+
+@check(OPEN)
+def what_responses_cannot_do_is_refused_by_name(client, model):
+    for name, value in (("tools", [{"type": "web_search"}]), ("reasoning", {"effort": "high"}), ("top_logprobs", 3)):
+        refused = lambda: client.responses.create(**ask(model, "A dog?", **{name: value}))
+        raises(openai.BadRequestError, refused, param=name, code="unsupported_parameter")
+
+
+@check(OPEN)
+def a_stream_goes_on_after_its_connection_was_lost(client, model):
+    told = dict(model=model, prompt="Once upon a time", max_tokens=40, seed=3)
+    whole = client.completions.create(**told).choices[0].text
+    with client.completions.create(**told, stream=True) as stream:
+        chunk = next(iter(stream))
+    text, path = chunk.choices[0].text, f"/streams/{chunk.id}"
+    rest = client.get(path, cast_to=openai.types.Completion, stream=True, stream_cls=openai.Stream[openai.types.Completion],
+                      options={"headers": {"Last-Event-ID": f"{chunk.id}:0"}})
+    assert text + "".join(chunk.choices[0].text for chunk in rest) == whole
+
+
 # A server with keys
 
 

@@ -38,7 +38,8 @@ fn refused(reply: &Reply, what: &str) {
 }
 
 /// The fields of both endpoints by what they hold.
-const FIELDS: [(&str, Kind); 28] = [
+const FIELDS: [(&str, Kind); 29] = [
+    ("detach", Kind::Flag),
     ("frequency_penalty", Kind::Number),
     ("initial_state", Kind::Text),
     ("logit_bias", Kind::Object),

@@ -11,6 +11,10 @@ use async_openai::types::chat::{
     CreateChatCompletionRequestArgs, FinishReason, Role,
 };
 use async_openai::types::completions::CreateCompletionRequestArgs;
+use async_openai::types::responses::{
+    CreateConversationItemsRequest, CreateConversationRequest, CreateResponseArgs, EasyInputContent, EasyInputMessage,
+    ResponseStreamEvent, Role as InputRole, Status,
+};
 use futures::StreamExt;
 use rewake::api::{Key, KeyHash};
 use rewake::config::Config;
@@ -152,6 +156,83 @@ async fn chats() {
     }
     assert_eq!((said, finish), (content, Some(FinishReason::Length)));
     assert_eq!((roles, counted), (vec![Role::Assistant], Some(usage)));
+}
+
+fn ask(input: &str) -> CreateResponseArgs {
+    let mut request = CreateResponseArgs::default();
+    request.model("stories").input(input).temperature(0.0).max_output_tokens(12u32);
+    request
+}
+
+#[tokio::test]
+async fn responses() {
+    let served = served().await;
+    let responses = served.client.responses();
+    let first = responses.create(ask("A dog?").build().expect("a request")).await.expect("a response");
+    assert_eq!((first.object.as_str(), &first.status), ("response", &Status::Incomplete));
+    let text = first.output_text().expect("text");
+    let usage = first.usage.clone().expect("usage");
+    assert_eq!((usage.output_tokens, usage.total_tokens), (12, usage.input_tokens + 12));
+    assert_eq!(responses.retrieve(&first.id).await.expect("a response"), first);
+    let items = responses.list_input_items(&first.id).await.expect("items");
+    assert_eq!((items.data.len(), items.has_more), (1, false));
+
+    let on = ask("And a cat?").previous_response_id(first.id.as_str()).build().expect("a request");
+    let second = responses.create(on).await.expect("a response");
+    assert!(second.usage.expect("usage").input_tokens_details.cached_tokens > 0);
+
+    let mut stream = responses.create_stream(ask("A dog?").build().expect("a request")).await.expect("a stream");
+    let (mut said, mut last) = (String::new(), None);
+    let mut sequence = 0;
+    while let Some(event) = stream.next().await {
+        match event.expect("an event") {
+            ResponseStreamEvent::ResponseOutputTextDelta(delta) => {
+                sequence = delta.sequence_number;
+                said += &delta.delta;
+            }
+            ResponseStreamEvent::ResponseIncomplete(end) => last = Some(end.response),
+            _ => {}
+        }
+    }
+    assert!(sequence > 4);
+    assert_eq!((said.as_str(), last.expect("an end").output_text().as_deref()), (text.as_str(), Some(text.as_str())));
+
+    let background = ask("A dog?").background(true).max_output_tokens(900_000u32).build().expect("a request");
+    let begun = responses.create(background).await.expect("a response");
+    let ended = responses.cancel(&begun.id).await.expect("a response");
+    assert!([Status::Cancelled, Status::Completed].contains(&ended.status), "{:?}", ended.status);
+    assert!(responses.delete(&first.id).await.expect("it is gone").deleted);
+    let error = api_error(responses.retrieve(&first.id).await);
+    assert_eq!((error.status_code.as_u16(), error.api_error.code.as_deref()), (404, Some("response_not_found")));
+}
+
+#[tokio::test]
+async fn conversations() {
+    let served = served().await;
+    let message = |text: &str| {
+        let content = EasyInputContent::Text(text.into());
+        EasyInputMessage { role: InputRole::User, content, ..Default::default() }.into()
+    };
+    let items = Some(vec![message("Hello.")]);
+    let conversations = served.client.conversations();
+    let created = conversations.create(CreateConversationRequest { metadata: None, items }).await.expect("one");
+    assert_eq!(created.object, "conversation");
+    assert_eq!(conversations.retrieve(&created.id).await.expect("it is there"), created);
+    let request = ask("A dog?").conversation(created.id.as_str()).build().expect("a request");
+    let response = served.client.responses().create(request).await.expect("a response");
+    assert_eq!(response.conversation.expect("its conversation").id, created.id);
+    let items = conversations.items(&created.id);
+    let added = CreateConversationItemsRequest { items: vec![message("Listen.")] };
+    assert_eq!(items.create(added).await.expect("it is added").data.len(), 1);
+    let list = items.list().await.expect("items");
+    assert_eq!(list.data.len(), 4);
+    let last = list.last_id.expect("an id");
+    items.retrieve(&last).await.expect("an item");
+    assert_eq!(items.delete(&last).await.expect("the conversation").id, created.id);
+    assert_eq!(items.list().await.expect("items").data.len(), 3);
+    assert!(conversations.delete(&created.id).await.expect("it is gone").deleted);
+    let error = api_error(conversations.retrieve(&created.id).await);
+    assert_eq!(error.status_code.as_u16(), 404);
 }
 
 #[tokio::test]

@@ -191,14 +191,28 @@ impl Client {
     /// The same over a network that may fail.
     pub async fn try_stream(&self, path: &str, mut body: Value) -> Result<Chunks, String> {
         body["stream"] = json!(true);
-        let (head, body) = self.send(post(path, body.to_string())).await?.into_parts();
+        self.streamed(post(path, body.to_string())).await
+    }
+
+    /// What follows in a stream after the event of this id; everything without one.
+    pub async fn resume(&self, response: &str, last: Option<&str>) -> Result<Chunks, String> {
+        let mut request = get(&format!("/v1/streams/{response}"));
+        if let Some(last) = last {
+            request.headers_mut().insert("last-event-id", last.parse().expect("an id"));
+        }
+        self.streamed(request).await
+    }
+
+    async fn streamed(&self, request: Request<Body>) -> Result<Chunks, String> {
+        let path = request.uri().to_string();
+        let (head, body) = self.send(request).await?.into_parts();
         if head.status != 200 {
             let text = to_bytes(body, usize::MAX).await.map_err(|e| e.to_string())?;
             panic!("{path}: {} {}", head.status, String::from_utf8_lossy(&text));
         }
         assert_eq!(head.headers["content-type"], "text/event-stream");
         let bytes = body.into_data_stream().map_err(|e| e.to_string()).boxed();
-        Ok(Chunks { headers: head.headers, bytes, buffer: Vec::new(), done: false })
+        Ok(Chunks { headers: head.headers, bytes, buffer: Vec::new(), done: false, last_id: None })
     }
 }
 
@@ -282,6 +296,8 @@ pub struct Chunks {
     buffer: Vec<u8>,
     /// Whether `[DONE]` was seen.
     pub done: bool,
+    /// Id of the last whole event.
+    pub last_id: Option<String>,
 }
 
 impl Chunks {
@@ -291,6 +307,9 @@ impl Chunks {
             // Whole events only: the network may part them anywhere, inside a character too.
             if let Some(end) = self.buffer.windows(2).position(|two| two == b"\n\n") {
                 let event = String::from_utf8(self.buffer.drain(..end + 2).collect()).expect("events are text");
+                if let Some(id) = event.lines().find_map(|line| line.strip_prefix("id: ")) {
+                    self.last_id = Some(id.into());
+                }
                 match event.lines().find_map(|line| line.strip_prefix("data: ")) {
                     Some("[DONE]") => self.done = true,
                     Some(data) => return Some(serde_json::from_str(data).expect("chunks are JSON")),

@@ -7,6 +7,7 @@ use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::form::Form;
 use super::generation::{Generation, Head, Order, Part, Rules, some_tokens};
 use super::message::{self, ChatMessage};
 use super::parameters::{fields_of, sort_out};
@@ -74,7 +75,8 @@ impl ChatRequest {
         }
         let max_tokens = some_tokens("max_tokens", self.generation.max_tokens)?;
         let max_tokens = some_tokens("max_completion_tokens", self.own.max_completion_tokens)?.or(max_tokens);
-        let part = Part { input: Input::Chat(messages), max_tokens, prefix: "chatcmpl", ignored };
+        let form = Form::chat(&self.generation).text();
+        let part = Part { input: Input::Chat(messages), max_tokens, prefix: "chatcmpl-", ignored, form, keep: false };
         self.generation.order(part, head, rules)
     }
 }

@@ -9,6 +9,7 @@ use serde::de::{Deserializer, SeqAccess, Visitor, value::SeqAccessDeserializer};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::form::Form;
 use super::generation::{Generation, Head, Order, Part, Rules, some_tokens};
 use super::parameters::{fields_of, sort_out};
 use super::reply::{self, Chunk, FinishReason, Kept, Reply, Shape};
@@ -74,7 +75,8 @@ impl CompletionRequest {
         let prompts = self.own.prompt.unwrap_or_else(|| Prompts(vec![Prompt::Text(String::new())])).0;
         check(&prompts, &rules)?;
         let max_tokens = some_tokens("max_tokens", self.generation.max_tokens)?.or(Some(DEFAULT_MAX_TOKENS));
-        let part = Part { input: Input::Prompts(prompts), max_tokens, prefix: "cmpl", ignored };
+        let form = Form::completion(&self.generation).text();
+        let part = Part { input: Input::Prompts(prompts), max_tokens, prefix: "cmpl-", ignored, form, keep: false };
         self.generation.order(part, head, rules)
     }
 }
@@ -425,7 +427,6 @@ mod tests {
             ("echo", json!(true)),
             ("best_of", json!(2)),
             ("suffix", json!("x")),
-            ("detach", json!(true)),
         ] {
             let field = name.split(['.', '[']).next().unwrap();
             assert_eq!(blamed(order(json!({"prompt": "a", field: value}))).0, name, "{value}");

@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 
 use super::parameters::refuse_unknown;
 use crate::api::{ApiLimits, App, Caller, Error};
-use crate::session::{Input, ModelCard, Start, Turn};
+use crate::session::{Delivery, Input, ModelCard, Start, Turn};
 use crate::telemetry::clock;
 use crate::types::{Sampling, SessionId, StateId};
 
@@ -80,6 +80,9 @@ pub struct Generation {
     /// What is to be known of the stored state, and of the session from now on: up to 16 pairs of texts. Without a state to
     /// be stored it has no effect.
     pub metadata: Option<BTreeMap<String, String>>,
+    /// Go on generating when the reader is gone, and after a restart of the server; `GET /v1/streams/{response_id}` goes on
+    /// reading. Otherwise a stream waits for a lost reader for the server's resume window, and a whole reply does not.
+    pub detach: Option<bool>,
 }
 
 /// Options of a stream; refused without `stream: true`.
@@ -201,10 +204,14 @@ pub struct Order {
 pub struct Part {
     pub input: Input,
     pub max_tokens: Option<u64>,
-    /// `cmpl` or `chatcmpl`.
+    /// `cmpl-`, `chatcmpl-` or `resp_`.
     pub prefix: &'static str,
     /// Names of fields that the endpoint found nobody to read.
     pub ignored: Vec<String>,
+    /// What is needed to write the reply again.
+    pub form: String,
+    /// The whole response is stored.
+    pub keep: bool,
 }
 
 /// Where requests meet the server: the model they name and the limits that hold.
@@ -251,9 +258,15 @@ impl Generation {
         if rules.strict {
             refuse_unknown(&ignored)?;
         }
+        let delivery = Delivery {
+            form: part.form,
+            stream: stream.is_some(),
+            detach: self.detach.unwrap_or(false),
+            keep: part.keep,
+        };
         let in_session = matches!(start, Start::Session { .. });
         let turn = Turn {
-            response_id: format!("{}-{:032x}", part.prefix, head.id),
+            response_id: format!("{}{:032x}", part.prefix, head.id),
             sampling: self.sampling(rules.card, head.seed)?,
             stop: self.stop(limits)?,
             ttl_s: self.ttl(store)?,
@@ -268,6 +281,7 @@ impl Generation {
             store,
             // Elsewhere a repeated request is simply answered again.
             idempotency_key: head.idempotency_key.filter(|_| in_session),
+            delivery,
         };
         Ok(Order { turn, stream, ignored })
     }

@@ -3,10 +3,11 @@
 pub mod chat;
 pub mod completions;
 #[cfg(test)]
-mod fixture;
-mod generation;
+pub mod fixture;
+pub mod form;
+pub mod generation;
 pub mod message;
-mod parameters;
+pub mod parameters;
 pub mod reply;
 #[cfg(test)]
 mod stream_tests;

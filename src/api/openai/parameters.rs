@@ -25,12 +25,11 @@ const HARMLESS: [&str; 6] =
 type Accepts = fn(&Value) -> bool;
 
 /// Known and not supported: refused unless `null`, `false`, `""`, `[]`, `{}` or this further value that changes nothing.
-const UNSUPPORTED: [(&str, Accepts); 26] = [
+const UNSUPPORTED: [(&str, Accepts); 25] = [
     ("add_generation_prompt", |v| v == true),
     ("audio", never),
     ("best_of", |v| v == 1),
     ("continue_final_message", never),
-    ("detach", never),
     ("echo", never),
     ("function_call", |v| v == "none" || v == "auto"),
     ("functions", never),
@@ -206,7 +205,6 @@ mod tests {
             ("reasoning_effort", json!("low")),
             ("verbosity", json!("high")),
             ("web_search_options", json!({"x": 1})),
-            ("detach", json!(true)),
             ("grammar", json!("root ::= x")),
             ("add_generation_prompt", json!(0)),
         ] {

@@ -14,7 +14,7 @@ use super::generation::Order;
 use super::parameters::{IGNORED_PARAMS, ignored_header};
 use crate::api::record::Record;
 use crate::api::{App, Error, sse};
-use crate::session::{self, Cached, Event, Running, StateError, StateReceipt};
+use crate::session::{self, Cached, Event, Facts, Running, StateError, StateReceipt};
 use crate::types::Finish;
 
 pub const STATE_ID: HeaderName = HeaderName::from_static("x-state-id");
@@ -212,14 +212,14 @@ pub struct Opening {
 }
 
 impl Opening {
-    fn new(running: &Running) -> Self {
+    pub fn new(facts: &Facts) -> Self {
         let heading = Heading {
-            id: running.response_id.clone(),
-            created: running.created,
-            model: running.model.clone(),
-            system_fingerprint: system_fingerprint(&running.fingerprint),
+            id: facts.response_id.clone(),
+            created: facts.created,
+            model: facts.model.clone(),
+            system_fingerprint: system_fingerprint(&facts.fingerprint),
         };
-        let &Running { prompt_tokens, ref cached_tokens, choices, .. } = running;
+        let &Facts { prompt_tokens, ref cached_tokens, choices, .. } = facts;
         Self { heading, prompt_tokens, cached_tokens: cached_tokens.clone(), choices }
     }
 }
@@ -232,13 +232,13 @@ fn system_fingerprint(weights: &str) -> String {
 /// Runs an order and answers it, at once or as a stream. Dropping the future, or the stream, cancels the turn.
 pub async fn respond<S: Shape>(app: &Arc<App>, order: Order, record: Record) -> Result<Response, Error> {
     let running = app.sessions.start(order.turn).await?;
-    record.begins(&running);
-    let opening = Opening::new(&running);
+    record.begins(&running.facts);
+    let opening = Opening::new(&running.facts);
     let events = Box::pin(events(running));
     let mut response = match order.stream {
         Some(options) => {
             let chunks = Chunks::<S>::new(opening, options.include_usage.unwrap_or(false));
-            sse::reply(chunks, events, record)
+            sse::reply(chunks, events, record, None)
         }
         None => {
             let answers = collect(events, opening.choices, &record).await?;
@@ -253,8 +253,8 @@ pub async fn respond<S: Shape>(app: &Arc<App>, order: Order, record: Record) -> 
     Ok(response)
 }
 
-/// The events of a turn; dropping the stream drops the turn.
-fn events(running: Running) -> impl Stream<Item = Event> + Send {
+/// The events of a turn; dropping the stream is to stop listening.
+pub fn events(running: Running) -> impl Stream<Item = Event> + Send {
     futures::stream::unfold(running, |mut running| async move { running.next().await.map(|event| (event, running)) })
 }
 

@@ -63,7 +63,7 @@ async fn body(response: Response) -> String {
 /// The events of a stream: their ids and data.
 async fn streamed<S: Shape>(choices: usize, include_usage: bool, events: Vec<Event>) -> Vec<(String, String)> {
     let chunks = Chunks::<S>::new(opening(choices), include_usage);
-    let response = sse::reply(chunks, stream::iter(events), record().await);
+    let response = sse::reply(chunks, stream::iter(events), record().await, None);
     let body = body(response).await;
     let event = |event: &str| {
         let (id, data) = event.split_once('\n').expect("an event has two lines");
@@ -175,7 +175,7 @@ async fn a_failure_after_the_headers_is_one_last_event() {
 #[tokio::test]
 async fn a_stream_s_headers_keep_proxies_from_holding_it_back() {
     let chunks = Chunks::<TextCompletion>::new(opening(1), false);
-    let response = sse::reply(chunks, stream::iter([done(0, Finish::Stop, 1)]), record().await);
+    let response = sse::reply(chunks, stream::iter([done(0, Finish::Stop, 1)]), record().await, None);
     let header = |name: &str| response.headers()[name].to_str().unwrap();
     assert_eq!(header("content-type"), "text/event-stream");
     assert_eq!(header("cache-control"), "no-cache");
@@ -197,7 +197,7 @@ async fn dropping_a_stream_drops_the_turn() {
     let (sender, receiver) = tokio::sync::mpsc::channel(1);
     let events = stream::unfold(receiver, |mut receiver| async move { Some((receiver.recv().await?, receiver)) });
     let chunks = Chunks::<ChatCompletion>::new(opening(1), false);
-    let response = sse::reply(chunks, Box::pin(events), record().await);
+    let response = sse::reply(chunks, Box::pin(events), record().await, None);
     let mut frames = response.into_body().into_data_stream();
     frames.next().await.expect("the opening chunk").expect("is well");
     assert!(!sender.is_closed());

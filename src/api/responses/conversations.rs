@@ -1,0 +1,232 @@
+//! OpenAI's Conversations.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+
+use super::item::{self, Given, GivenItem};
+use super::request::metadata;
+use super::{Item, ItemsQuery, items};
+use crate::api::error::Refusals;
+use crate::api::extract::{JsonBody, Name, Names, Query};
+use crate::api::list::{Deleted, List};
+use crate::api::{App, Caller, Error};
+use crate::session::{Conversation, Listing, StoredItem};
+use crate::telemetry::clock;
+
+/// Items that can be added at once.
+const MOST_ITEMS: usize = 20;
+
+/// A conversation: a session under OpenAI's name.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ConversationObject {
+    pub id: String,
+    /// `conversation`.
+    #[schema(value_type = String)]
+    pub object: &'static str,
+    /// Unix seconds.
+    pub created_at: u64,
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl ConversationObject {
+    fn new(id: String, conversation: Conversation) -> Self {
+        let Conversation { created, metadata, .. } = conversation;
+        Self { id, object: "conversation", created_at: created, metadata }
+    }
+}
+
+/// What a conversation begins with, or what is added to it.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub struct ConversationRequest {
+    /// Messages, at most 20.
+    #[schema(value_type = Option<Vec<GivenItem>>)]
+    pub items: Option<Vec<Value>>,
+    /// At most 16 pairs; names of 64 and values of 512 characters.
+    pub metadata: Option<BTreeMap<String, String>>,
+}
+
+impl ConversationRequest {
+    /// Reads a body of which only the fields in `wanted` are allowed.
+    fn read(body: &JsonBody, wanted: &[&str]) -> Result<Self, Error> {
+        if let Some(name) = body.others(wanted)?.into_keys().next() {
+            let message = format!("unknown parameter `{name}`");
+            return Err(Error::Invalid { param: Some(name), code: "unknown_parameter", message });
+        }
+        body.read()
+    }
+
+    fn items(&self) -> Result<Vec<StoredItem>, Error> {
+        let given = self.items.clone().unwrap_or_default();
+        if given.len() > MOST_ITEMS {
+            return Err(Error::invalid("items", format!("{} items are more than {MOST_ITEMS}", given.len())));
+        }
+        let prefix = format!("msg_{:032x}", clock::random_u128());
+        let (items, unread) = item::read(Given::Items(given), "items", &prefix)?;
+        match unread.first() {
+            None => Ok(items),
+            Some(name) => Err(Error::invalid("items", format!("unknown field `{name}`"))),
+        }
+    }
+}
+
+/// Begin a conversation.
+#[utoipa::path(
+    post,
+    path = "/v1/conversations",
+    tag = "responses",
+    request_body = ConversationRequest,
+    responses((status = 200, description = "The conversation", body = ConversationObject), Refusals),
+)]
+pub async fn create_conversation(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    body: JsonBody,
+) -> Result<Json<ConversationObject>, Error> {
+    let request = ConversationRequest::read(&body, &["items", "metadata"])?;
+    let items = request.items()?;
+    let (id, conversation) =
+        app.sessions.create_conversation(&caller.tenant, metadata(request.metadata)?, items).await?;
+    Ok(Json(ConversationObject::new(id, conversation)))
+}
+
+/// Show a conversation.
+#[utoipa::path(
+    get,
+    path = "/v1/conversations/{conversation_id}",
+    tag = "responses",
+    params(("conversation_id" = String, Path, description = "Id of a conversation")),
+    responses((status = 200, description = "The conversation", body = ConversationObject), Refusals),
+)]
+pub async fn show_conversation(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Name(id): Name,
+) -> Result<Json<ConversationObject>, Error> {
+    let conversation = app.sessions.conversation(&caller.tenant, &id).await?;
+    Ok(Json(ConversationObject::new(id, conversation)))
+}
+
+/// Replace the metadata of a conversation.
+#[utoipa::path(
+    post,
+    path = "/v1/conversations/{conversation_id}",
+    tag = "responses",
+    params(("conversation_id" = String, Path, description = "Id of a conversation")),
+    request_body = ConversationRequest,
+    responses((status = 200, description = "The conversation", body = ConversationObject), Refusals),
+)]
+pub async fn update_conversation(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Name(id): Name,
+    body: JsonBody,
+) -> Result<Json<ConversationObject>, Error> {
+    let request = ConversationRequest::read(&body, &["metadata"])?;
+    let conversation = app.sessions.set_metadata(&caller.tenant, &id, metadata(request.metadata)?).await?;
+    Ok(Json(ConversationObject::new(id, conversation)))
+}
+
+/// Delete a conversation with its session. Refused with 409 while it runs a turn.
+#[utoipa::path(
+    delete,
+    path = "/v1/conversations/{conversation_id}",
+    tag = "responses",
+    params(("conversation_id" = String, Path, description = "Id of a conversation")),
+    responses((status = 200, description = "It is gone", body = Deleted), Refusals),
+)]
+pub async fn delete_conversation(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Name(id): Name,
+) -> Result<Json<Deleted>, Error> {
+    app.sessions.delete_conversation(&caller.tenant, &id).await?;
+    Ok(Json(Deleted { id, object: "conversation.deleted", deleted: true }))
+}
+
+/// List the items of a conversation.
+#[utoipa::path(
+    get,
+    path = "/v1/conversations/{conversation_id}/items",
+    tag = "responses",
+    params(("conversation_id" = String, Path, description = "Id of a conversation"), ItemsQuery),
+    responses((status = 200, description = "One page", body = List<Item>), Refusals),
+)]
+pub async fn list_items(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Name(id): Name,
+    Query(query): Query<ItemsQuery>,
+) -> Result<Json<List<Item>>, Error> {
+    let conversation = app.sessions.conversation(&caller.tenant, &id).await?;
+    Ok(Json(items(conversation.items, query)?))
+}
+
+/// Add items to a conversation: its next response reads them. Refused with 409 while it runs a turn.
+#[utoipa::path(
+    post,
+    path = "/v1/conversations/{conversation_id}/items",
+    tag = "responses",
+    params(("conversation_id" = String, Path, description = "Id of a conversation")),
+    request_body = ConversationRequest,
+    responses((status = 200, description = "What was added", body = List<Item>), Refusals),
+)]
+pub async fn create_items(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Name(id): Name,
+    body: JsonBody,
+) -> Result<Json<List<Item>>, Error> {
+    let items = ConversationRequest::read(&body, &["items"])?.items()?;
+    if items.is_empty() {
+        return Err(Error::invalid("items", "`items` must have at least one"));
+    }
+    app.sessions.add_items(&caller.tenant, &id, items.clone()).await?;
+    Ok(Json(List::new(Listing { data: items, has_more: false })))
+}
+
+/// Show one item of a conversation.
+#[utoipa::path(
+    get,
+    path = "/v1/conversations/{conversation_id}/items/{item_id}",
+    tag = "responses",
+    params(
+        ("conversation_id" = String, Path, description = "Id of a conversation"),
+        ("item_id" = String, Path, description = "Id of one of its items"),
+    ),
+    responses((status = 200, description = "The item", body = Item), Refusals),
+)]
+pub async fn show_item(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Names(id, item): Names,
+) -> Result<Json<Item>, Error> {
+    let conversation = app.sessions.conversation(&caller.tenant, &id).await?;
+    let found = conversation.items.into_iter().find(|other| other.id == item);
+    Ok(Json(found.ok_or(Error::UnknownItem(item))?.into()))
+}
+
+/// Delete an item of a conversation; what is left is read anew by its next response.
+#[utoipa::path(
+    delete,
+    path = "/v1/conversations/{conversation_id}/items/{item_id}",
+    tag = "responses",
+    params(
+        ("conversation_id" = String, Path, description = "Id of a conversation"),
+        ("item_id" = String, Path, description = "Id of one of its items"),
+    ),
+    responses((status = 200, description = "The conversation without it", body = ConversationObject), Refusals),
+)]
+pub async fn delete_item(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Names(id, item): Names,
+) -> Result<Json<ConversationObject>, Error> {
+    let conversation = app.sessions.remove_item(&caller.tenant, &id, &item).await?;
+    Ok(Json(ConversationObject::new(id, conversation)))
+}

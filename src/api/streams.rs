@@ -1,0 +1,123 @@
+//! `GET /v1/streams/{response_id}`: a stream goes on after a dropped connection.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use super::error::{Refusals, Unavailable};
+use super::extract::{Name, Query};
+use super::openai::chat::{ChatCompletion, ChatPiece};
+use super::openai::completions::TextCompletion;
+use super::openai::form::Form;
+use super::openai::reply::{Chunk, Chunks, Opening, Shape, events};
+use super::record::Record;
+use super::responses::Teller;
+use super::{App, Caller, Error, sse};
+use crate::session::{self, Running};
+
+/// The request header in which browsers say what they have.
+const LAST_EVENT_ID: &str = "last-event-id";
+
+/// From where to go on.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct StreamQuery {
+    /// Only what comes after the event of this number, for clients that cannot set `Last-Event-ID`.
+    starting_after: Option<u64>,
+}
+
+/// Go on reading a stream.
+///
+/// Every event of every stream has the id `{response id}:{number}`. After the connection was lost, this sends what comes
+/// after the event that `Last-Event-ID` names, or everything, and then what is still generated: nothing twice, nothing
+/// left out. A stream waits for its reader as long as the server's `streams.resume_window_s` says, and as long after its
+/// end; with `detach` or `background` it goes on meanwhile, and after a restart of the server.
+#[utoipa::path(
+    get,
+    path = "/v1/streams/{response_id}",
+    tag = "generate",
+    params(
+        ("response_id" = String, Path, description = "Id of a response that was asked for with `stream: true`"),
+        ("Last-Event-ID" = Option<String>, Header, description = "Id of the last event that was received"),
+        StreamQuery,
+    ),
+    responses(
+        (status = 200, description = "What follows", content_type = "text/event-stream", body = Chunk<ChatPiece>),
+        Refusals,
+        Unavailable,
+    ),
+)]
+pub async fn show_stream(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    record: Record,
+    Name(id): Name,
+    Query(query): Query<StreamQuery>,
+    headers: HeaderMap,
+) -> Result<Response, Error> {
+    let after = after(&id, &headers, query.starting_after)?;
+    let running = app.sessions.listen(&caller.tenant, &id).await?;
+    resume(running, record, after).ok_or_else(|| session::Error::ResponseNotFound(id).into())
+}
+
+/// Number of the last event that the client has.
+fn after(id: &str, headers: &HeaderMap, query: Option<u64>) -> Result<Option<u64>, Error> {
+    let Some(sent) = headers.get(LAST_EVENT_ID) else { return Ok(query) };
+    let wrong = |why: &str| Error::invalid(LAST_EVENT_ID, format!("`Last-Event-ID` {why}"));
+    let sent = sent.to_str().map_err(|_| wrong("must be visible ASCII"))?;
+    let (of, number) = sent.rsplit_once(':').ok_or_else(|| wrong("must be an event's id: RESPONSE:NUMBER"))?;
+    if of != id {
+        return Err(wrong("is of another response than the path"));
+    }
+    let number = number.parse().map_err(|_| wrong("must end with the event's number"))?;
+    if query.is_some_and(|query| query != number) {
+        return Err(Error::invalid("starting_after", "`starting_after` and `Last-Event-ID` differ"));
+    }
+    Ok(Some(number))
+}
+
+/// Writes a response after the event of number `after`, as its endpoint does. `None` = no stream of it was kept.
+pub fn resume(running: Running, record: Record, after: Option<u64>) -> Option<Response> {
+    let form = Form::read(&running.facts.form)?;
+    record.goes_on(&running);
+    Some(match form {
+        Form::Chat { include_usage } => chunks::<ChatCompletion>(running, include_usage, record, after),
+        Form::Completion { include_usage } => chunks::<TextCompletion>(running, include_usage, record, after),
+        Form::Response(ask) => Teller::new(running.facts.clone(), *ask).stream(running, record, after),
+    })
+}
+
+fn chunks<S: Shape>(running: Running, include_usage: bool, record: Record, after: Option<u64>) -> Response {
+    let chunks = Chunks::<S>::new(Opening::new(&running.facts), include_usage);
+    sse::reply(chunks, Box::pin(events(running)), record, after).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(header: Option<&'static str>, query: Option<u64>) -> Result<Option<u64>, String> {
+        let mut headers = HeaderMap::new();
+        if let Some(header) = header {
+            headers.insert(LAST_EVENT_ID, header.parse().expect("a header"));
+        }
+        after("cmpl-1", &headers, query).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_last_event_is_named_by_header_or_query() {
+        assert_eq!(read(None, None), Ok(None));
+        assert_eq!(read(None, Some(3)), Ok(Some(3)));
+        assert_eq!(read(Some("cmpl-1:7"), None), Ok(Some(7)));
+        assert_eq!(read(Some("cmpl-1:7"), Some(7)), Ok(Some(7)));
+        for wrong in ["7", "cmpl-2:7", "cmpl-1:", "cmpl-1:-1", "cmpl-1:x"] {
+            assert!(read(Some(wrong), None).is_err(), "{wrong}");
+        }
+        assert!(read(Some("cmpl-1:7"), Some(8)).is_err());
+    }
+}

@@ -1,0 +1,256 @@
+//! OpenAI's conversations, over sessions.
+//!
+//! A conversation's turns are those of a session, whose state has read them. What else is done to it is in a journal: items
+//! that were added and that no turn has read yet, and every time that it has to be *read anew* (an item was deleted, the
+//! instructions changed): then another session takes its place, which all items are still to be read in.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Error, Sessions};
+use crate::state::{Entry, Journal, Put};
+use crate::telemetry::clock;
+use crate::types::{Finish, Role, SessionId, StateId, Tenant};
+
+/// One message of a conversation or of a response's input.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredItem {
+    pub id: String,
+    /// `user`, `system`, `developer` or `assistant`.
+    pub role: String,
+    pub text: String,
+    /// An answer that was not cut.
+    pub complete: bool,
+}
+
+/// An entry of a conversation's journal.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Change {
+    Created {
+        at: u64,
+        metadata: BTreeMap<String, String>,
+        items: Vec<StoredItem>,
+    },
+    Added(Vec<StoredItem>),
+    /// The items that are to be read in another session.
+    Anew {
+        items: Vec<StoredItem>,
+        instructions: Option<String>,
+    },
+    Metadata(BTreeMap<String, String>),
+}
+
+/// A conversation as it is now.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Conversation {
+    pub created: u64,
+    pub metadata: BTreeMap<String, String>,
+    /// Oldest first.
+    pub items: Vec<StoredItem>,
+    /// How many of them the session's state has read.
+    read: usize,
+    /// What the session's first turn began with, or will.
+    pub instructions: Option<String>,
+    /// Whose next turn is the conversation's.
+    pub session: SessionId,
+    /// Its state; `None` = it has no turns yet.
+    pub head: Option<StateId>,
+    /// Which session it is, from 0.
+    number: usize,
+    changes: u64,
+}
+
+impl Conversation {
+    /// What the next turn has to read first.
+    pub fn unread(&self) -> &[StoredItem] {
+        &self.items[self.read..]
+    }
+}
+
+impl Sessions {
+    pub async fn create_conversation(
+        &self,
+        tenant: &Tenant,
+        metadata: BTreeMap<String, String>,
+        items: Vec<StoredItem>,
+    ) -> Result<(String, Conversation), Error> {
+        let id = format!("conv_{:032x}", clock::random_u128());
+        let created = Change::Created { at: clock::unix_seconds(), metadata, items };
+        self.archive.append(&Journal::conversation(tenant, &id), 0, &created).await?;
+        let conversation = self.conversation(tenant, &id).await?;
+        Ok((id, conversation))
+    }
+
+    /// A conversation as it is now.
+    pub async fn conversation(&self, tenant: &Tenant, id: &str) -> Result<Conversation, Error> {
+        let unknown = || Error::ConversationNotFound(id.into());
+        if !id.strip_prefix("conv_").is_some_and(|id| id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit())) {
+            return Err(unknown());
+        }
+        let changes: Vec<Change> = self.archive.entries(&Journal::conversation(tenant, id)).await?;
+        let mut conversation = fold(id, changes).ok_or_else(unknown)?;
+        let turns = self.archive.turns(tenant, &conversation.session, 0, usize::MAX).await?;
+        apply(&mut conversation, turns.map(|turns| turns.data).unwrap_or_default());
+        Ok(conversation)
+    }
+
+    /// Adds items that the next turn will read.
+    pub async fn add_items(&self, tenant: &Tenant, id: &str, items: Vec<StoredItem>) -> Result<(), Error> {
+        self.change(tenant, id, |_| Ok(Change::Added(items.clone()))).await.map(drop)
+    }
+
+    /// Replaces the metadata.
+    pub async fn set_metadata(
+        &self,
+        tenant: &Tenant,
+        id: &str,
+        metadata: BTreeMap<String, String>,
+    ) -> Result<Conversation, Error> {
+        self.change(tenant, id, |_| Ok(Change::Metadata(metadata.clone()))).await
+    }
+
+    /// Removes an item; what is left is read anew by the next turn.
+    pub async fn remove_item(&self, tenant: &Tenant, id: &str, item: &str) -> Result<Conversation, Error> {
+        let without = |conversation: &Conversation| {
+            let mut items = conversation.items.clone();
+            items.retain(|other| other.id != item);
+            if items.len() == conversation.items.len() {
+                return Err(Error::ItemNotFound(item.into()));
+            }
+            Ok(Change::Anew { items, instructions: conversation.instructions.clone() })
+        };
+        self.change(tenant, id, without).await
+    }
+
+    /// Has everything read anew, after other instructions.
+    pub async fn begin_anew(
+        &self,
+        tenant: &Tenant,
+        id: &str,
+        instructions: Option<String>,
+    ) -> Result<Conversation, Error> {
+        let anew = |conversation: &Conversation| {
+            Ok(Change::Anew { items: conversation.items.clone(), instructions: instructions.clone() })
+        };
+        self.change(tenant, id, anew).await
+    }
+
+    /// Ends a conversation and removes its sessions.
+    pub async fn delete_conversation(&self, tenant: &Tenant, id: &str) -> Result<(), Error> {
+        let conversation = self.conversation(tenant, id).await?;
+        for number in 0..=conversation.number {
+            match self.delete_session(tenant, &session(id, number)).await {
+                Ok(()) | Err(Error::SessionNotFound(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.archive.erase(&Journal::conversation(tenant, id)).await?;
+        Ok(())
+    }
+
+    /// Appends a change that is made from the conversation as it is; not while it runs a turn.
+    async fn change(
+        &self,
+        tenant: &Tenant,
+        id: &str,
+        make: impl Fn(&Conversation) -> Result<Change, Error>,
+    ) -> Result<Conversation, Error> {
+        let session = self.conversation(tenant, id).await?.session;
+        self.hub.supersede(tenant, &session).await;
+        let _turnstile = self.busy.enter(tenant, &session, None)?;
+        loop {
+            let conversation = self.conversation(tenant, id).await?;
+            let change = make(&conversation)?;
+            let journal = Journal::conversation(tenant, id);
+            if self.archive.append(&journal, conversation.changes, &change).await? == Put::Created {
+                return self.conversation(tenant, id).await;
+            }
+        }
+    }
+}
+
+/// What the journal alone says.
+fn fold(id: &str, changes: Vec<Change>) -> Option<Conversation> {
+    let count = changes.len() as u64;
+    let mut changes = changes.into_iter();
+    let Some(Change::Created { at, metadata, items }) = changes.next() else { return None };
+    let mut conversation = Conversation {
+        created: at,
+        metadata,
+        items,
+        read: 0,
+        instructions: None,
+        session: session(id, 0),
+        head: None,
+        number: 0,
+        changes: count,
+    };
+    for change in changes {
+        match change {
+            Change::Created { .. } => return None,
+            Change::Added(items) => conversation.items.extend(items),
+            Change::Metadata(metadata) => conversation.metadata = metadata,
+            Change::Anew { items, instructions } => {
+                conversation.number += 1;
+                conversation.session = session(id, conversation.number);
+                (conversation.items, conversation.instructions) = (items, instructions);
+            }
+        }
+    }
+    Some(conversation)
+}
+
+/// Puts what the session's turns have read and said before what is still to be read. A message that a turn has read is the
+/// first one that waits, if that is the same, or was new in the turn.
+fn apply(conversation: &mut Conversation, turns: Vec<Entry>) {
+    let mut waiting: VecDeque<StoredItem> = std::mem::take(&mut conversation.items).into();
+    let mut items = Vec::new();
+    for (n, Entry { record, .. }) in turns.into_iter().enumerate() {
+        let answer_id = format!("msg_{}", record.response_id.trim_start_matches("resp_"));
+        let instructions = conversation.instructions.as_deref().filter(|_| n == 0);
+        let begins_so = record
+            .messages
+            .first()
+            .is_some_and(|message| message.role == Role::System && Some(message.content.as_str()) == instructions);
+        let mut new = 0;
+        for message in record.messages.into_iter().skip(usize::from(begins_so)) {
+            let same = |item: &&StoredItem| role(&item.role) == message.role && item.text == message.content;
+            if waiting.front().filter(same).is_some() {
+                items.extend(waiting.pop_front());
+                continue;
+            }
+            let id = format!("{answer_id}{new:03}");
+            new += 1;
+            items.push(StoredItem { id, role: name(message.role).into(), text: message.content, complete: true });
+        }
+        let complete = record.finish != Some(Finish::Length);
+        items.push(StoredItem { id: answer_id, role: "assistant".into(), text: record.answer, complete });
+        conversation.head = record.state;
+    }
+    conversation.read = items.len();
+    items.extend(waiting);
+    conversation.items = items;
+}
+
+fn session(id: &str, number: usize) -> SessionId {
+    let name = if number == 0 { id.to_owned() } else { format!("{id}.{number}") };
+    SessionId::parse(name).expect("a conversation's id and a number are a session's name")
+}
+
+fn role(name: &str) -> Role {
+    match name {
+        "assistant" => Role::Assistant,
+        "user" => Role::User,
+        _ => Role::System,
+    }
+}
+
+fn name(role: Role) -> &'static str {
+    match role {
+        Role::System => "system",
+        Role::User | Role::Tool => "user",
+        Role::Assistant => "assistant",
+    }
+}

@@ -1,0 +1,161 @@
+//! What is stored of a stream.
+
+use serde::{Deserialize, Serialize};
+
+use super::Facts;
+use crate::session::{Error, Event, StateError, StateReceipt, Turn};
+use crate::telemetry::clock;
+use crate::types::{Finish, StateId};
+
+/// An entry of a stream's journal.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(in crate::session) enum Entry {
+    /// The first: all that is needed to begin again.
+    Begun(Box<Begun>),
+    /// Events, before anybody hears of them. None = another process goes on from here, or this one still lives.
+    Told {
+        /// Unix seconds.
+        at: u64,
+        events: Vec<Told>,
+    },
+}
+
+impl Entry {
+    pub fn told(events: Vec<Told>) -> Self {
+        Self::Told { at: clock::unix_seconds(), events }
+    }
+
+    /// When it was written, in Unix seconds.
+    pub fn at(&self) -> u64 {
+        match self {
+            Self::Begun(begun) => begun.facts.created,
+            Self::Told { at, .. } => *at,
+        }
+    }
+
+    pub fn events(self) -> Vec<Told> {
+        match self {
+            Self::Begun(_) => Vec::new(),
+            Self::Told { events, .. } => events,
+        }
+    }
+}
+
+/// A response and how it began.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(in crate::session) struct Begun {
+    pub facts: Facts,
+    /// With its seed.
+    pub turn: Turn,
+    /// The state it began from, which a session may have left behind.
+    pub parent: Option<StateId>,
+}
+
+/// An event and the tokens behind its text.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", tag = "is")]
+pub(in crate::session) enum Told {
+    Text {
+        #[serde(default, skip_serializing_if = "is_first")]
+        choice: usize,
+        text: String,
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        ids: Vec<u32>,
+    },
+    Done {
+        choice: usize,
+        finish: Finish,
+        completion_tokens: u64,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        state: Option<StateReceipt>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        error: Option<Problem>,
+    },
+    Failed {
+        message: String,
+    },
+    Cancelled,
+}
+
+/// Why a state was not kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(in crate::session) struct Problem {
+    code: String,
+    message: String,
+}
+
+/// A response that has ended, with all its events.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(in crate::session) struct Answer {
+    pub facts: Facts,
+    /// Unix seconds.
+    pub ended: u64,
+    pub events: Vec<Told>,
+    /// It is kept until it is deleted; otherwise for the resume window.
+    pub kept: bool,
+}
+
+fn is_first(choice: &usize) -> bool {
+    *choice == 0
+}
+
+impl Told {
+    pub fn new(event: &Event, ids: &[u32]) -> Self {
+        match event.clone() {
+            Event::Text { choice, text } => Self::Text { choice, text, ids: ids.to_vec() },
+            Event::Done { choice, finish, completion_tokens, stored } => {
+                let (state, error) = match stored {
+                    None => (None, None),
+                    Some(Ok(receipt)) => (Some(receipt), None),
+                    Some(Err(e)) => (None, Some(Problem { code: e.code.into(), message: e.message })),
+                };
+                Self::Done { choice, finish, completion_tokens, state, error }
+            }
+            Event::Failed(Error::Cancelled) => Self::Cancelled,
+            Event::Failed(error) => Self::Failed { message: error.to_string() },
+        }
+    }
+
+    pub fn event(self) -> Event {
+        match self {
+            Self::Text { choice, text, .. } => Event::Text { choice, text },
+            Self::Done { choice, finish, completion_tokens, state, error } => {
+                let lost = error.map(|Problem { code, message }| Err(StateError { code: known(&code), message }));
+                Event::Done { choice, finish, completion_tokens, stored: state.map(Ok).or(lost) }
+            }
+            Self::Failed { message } => Event::Failed(Error::Engine(message)),
+            Self::Cancelled => Event::Failed(Error::Cancelled),
+        }
+    }
+}
+
+/// The codes that a state's failure can have.
+fn known(code: &str) -> &'static str {
+    const CODES: [&str; 2] = ["session_conflict", "quota_exceeded"];
+    CODES.into_iter().find(|known| *known == code).unwrap_or("state_store_failed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_come_back_from_the_store() {
+        let lost = StateError { code: "session_conflict", message: "m".into() };
+        let done = |stored| Event::Done { choice: 1, finish: Finish::Length, completion_tokens: 9, stored };
+        for event in [
+            Event::Text { choice: 0, text: "a\n".into() },
+            done(None),
+            done(Some(Err(lost))),
+            Event::Failed(Error::Cancelled),
+            Event::Failed(Error::Engine("e".into())),
+        ] {
+            let json = serde_json::to_string(&Told::new(&event, &[1, 2])).expect("JSON");
+            let back: Told = serde_json::from_str(&json).expect("the same");
+            let same = format!("{:?}", back.event());
+            // An error becomes its message.
+            assert!(same == format!("{event:?}") || same.contains("the model failed: e"), "{same}");
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! Going on with what another process has begun.
+
+use std::time::Duration;
+
+use super::record::{Answer, Begun, Entry, Told};
+use super::{Facts, Found, Hub};
+use crate::engine::{Job, Replay};
+use crate::session::run::Placed;
+use crate::session::{Error, Event, Sessions, Start, StateReceipt, Turn};
+use crate::state::{self, Archive, Journal, Put};
+use crate::telemetry::clock;
+use crate::types::{StateId, Tenant};
+
+/// A journal without an entry for so long has lost its writer, where several servers share a store.
+const ORPHANED: Duration = Duration::from_secs(20);
+
+/// A response of which a part was sent.
+pub(in crate::session) struct Resumed {
+    pub facts: Facts,
+    pub parent: Option<StateId>,
+    pub told: Vec<Told>,
+    pub journal: Journal,
+    /// Number of the journal's next entry.
+    pub next: u64,
+}
+
+impl Resumed {
+    /// What was sent.
+    pub fn events(&self) -> Vec<Event> {
+        self.told.iter().cloned().map(Told::event).collect()
+    }
+
+    /// Choices that are complete.
+    pub fn done(&self) -> usize {
+        self.told.iter().filter(|told| matches!(told, Told::Done { .. })).count()
+    }
+
+    /// The text of a choice that was sent.
+    pub fn text(&self, wanted: usize) -> String {
+        let text = |told: &Told| match told {
+            Told::Text { choice, text, .. } if *choice == wanted => Some(text.clone()),
+            _ => None,
+        };
+        self.told.iter().filter_map(text).collect()
+    }
+
+    /// One job for each choice that is not complete, each with what was sent of it.
+    pub fn jobs(&self, jobs: Vec<Placed>) -> Vec<Placed> {
+        let alone = |(job, first): Placed| -> Vec<Placed> {
+            let choice = |n| (Job { choices: 1, first_choice: job.first_choice + n, ..job.clone() }, first + n);
+            (0..job.choices).map(choice).collect()
+        };
+        let mut all: Vec<Placed> = jobs.into_iter().flat_map(alone).collect();
+        all.retain(|(_, place)| {
+            !self.told.iter().any(|told| matches!(told, Told::Done { choice, .. } if choice == place))
+        });
+        for (job, place) in &mut all {
+            let mut replay = Replay::default();
+            for told in &self.told {
+                if let Told::Text { choice, ids, .. } = told
+                    && choice == place
+                {
+                    replay.ids.extend(ids);
+                    replay.events += 1;
+                }
+            }
+            job.replay = replay;
+        }
+        all
+    }
+}
+
+impl Sessions {
+    /// Takes up every response that another process has left behind unfinished. A server that shares its store does so again
+    /// and again, with those that nobody has been at for a while.
+    pub async fn recover(&self) {
+        if !self.hub.rules.shared {
+            return self.recover_once().await;
+        }
+        loop {
+            tokio::time::sleep(ORPHANED).await;
+            self.recover_once().await;
+        }
+    }
+
+    async fn recover_once(&self) {
+        let marked = match self.archive.running().await {
+            Ok(marked) => marked,
+            Err(error) => return tracing::error!(%error, "unfinished responses could not be listed"),
+        };
+        for (tenant, id) in marked {
+            let revived = loop {
+                match self.revive(&tenant, &id, false).await {
+                    Err(Error::Full { retry_after }) => tokio::time::sleep(retry_after).await,
+                    revived => break revived,
+                }
+            };
+            match revived {
+                Ok(Some(Found::Stream(_))) => tracing::info!(response = id, "a response goes on after a restart"),
+                Ok(_) => {}
+                Err(error) => tracing::error!(%error, response = id, "a response could not go on after a restart"),
+            }
+        }
+    }
+
+    /// Takes up one response, if it has a journal and is not here already. One that another server is at is taken from it only
+    /// with `take`.
+    pub(super) async fn revive(&self, tenant: &Tenant, id: &str, take: bool) -> Result<Option<Found>, Error> {
+        let _one = self.hub.reviving.lock().await;
+        if let Some(stream) = self.hub.find(tenant, id) {
+            return Ok(Some(Found::Stream(stream)));
+        }
+        let journal = Journal::stream(tenant, id);
+        let answer: Option<Answer> = self.archive.answer(tenant, id).await?;
+        if let Some(answer) = answer {
+            self.hub.clear(&self.archive, &journal, (tenant, id), answer.kept).await?;
+            let over = !answer.kept && answer.ended + self.hub.rules.limits.resume_window_s < clock::unix_seconds();
+            return Ok((!over).then(|| Found::Answer(Box::new(answer))));
+        }
+        let entries: Vec<Entry> = self.archive.entries(&journal).await?;
+        let next = entries.len() as u64;
+        let age = clock::unix_seconds().saturating_sub(entries.last().map_or(0, Entry::at));
+        let elsewhere = self.hub.rules.shared && !take && age < ORPHANED.as_secs();
+        let mut entries = entries.into_iter();
+        let Some(Entry::Begun(begun)) = entries.next() else {
+            // The process was lost before it had begun, or after the answer was removed; another one may be about to begin.
+            if !self.hub.rules.shared {
+                self.archive.unmark_running(tenant, id).await?;
+            }
+            return Ok(None);
+        };
+        let Begun { facts, turn, parent } = *begun;
+        let told: Vec<Told> = entries.flat_map(Entry::events).collect();
+        if elsewhere {
+            return Ok(Some(Found::Elsewhere(facts, told)));
+        }
+        if self.archive.append(&journal, next, &Entry::told(Vec::new())).await? == Put::Exists {
+            return Ok(None);
+        }
+        let resumed = Resumed { facts, parent, told, journal, next: next + 1 };
+        self.go_on(turn, resumed).await.map(Some)
+    }
+
+    async fn go_on(&self, mut turn: Turn, resumed: Resumed) -> Result<Found, Error> {
+        // The default may be another one by now.
+        turn.model = Some(resumed.facts.model.clone());
+        let (tenant, id) = (turn.tenant.clone(), resumed.facts.response_id.clone());
+        let (keep, journal) = (turn.delivery.keep, resumed.journal.clone());
+        let mut answer = Answer {
+            facts: resumed.facts.clone(),
+            ended: clock::unix_seconds(),
+            events: resumed.told.clone(),
+            kept: keep,
+        };
+        let failed = resumed.told.iter().any(|told| matches!(told, Told::Failed { .. } | Told::Cancelled));
+        if !failed && resumed.done() < resumed.facts.choices {
+            match self.committed(&turn, &resumed).await? {
+                Some(rest) => answer.events.extend(rest),
+                None => match self.begin(turn, Some(resumed)).await {
+                    Ok(_) => {
+                        let stream = self.hub.find(&tenant, &id);
+                        return stream.map(Found::Stream).ok_or(Error::ResponseNotFound(id));
+                    }
+                    // They come again when there is room, or a server that does not stop.
+                    Err(error @ (Error::Full { .. } | Error::Draining | Error::Loading | Error::Store(_))) => {
+                        return Err(error);
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, response = id, "a response cannot go on");
+                        answer.events.push(Told::new(&Event::Failed(error), &[]));
+                    }
+                },
+            }
+        }
+        self.archive.put_answer(&tenant, &id, &answer).await?;
+        self.hub.clear(&self.archive, &journal, (&tenant, &id), keep).await?;
+        Ok(Found::Answer(Box::new(answer)))
+    }
+
+    /// What follows for the client of a turn that was committed to its session just before the process was lost.
+    async fn committed(&self, turn: &Turn, resumed: &Resumed) -> Result<Option<Vec<Told>>, Error> {
+        let Start::Session { id: session, .. } = &turn.start else { return Ok(None) };
+        let Some(entry) = self.archive.head(&turn.tenant, session).await?.live else { return Ok(None) };
+        let record = entry.record;
+        let (true, Some(state), Some(finish)) =
+            (record.response_id == resumed.facts.response_id, record.state, record.finish)
+        else {
+            return Ok(None);
+        };
+        let sent = resumed.text(0).len();
+        let mut rest = Vec::new();
+        if let Some(text) = record.answer.get(sent..).filter(|text| !text.is_empty()) {
+            rest.push(Told::Text { choice: 0, text: text.into(), ids: Vec::new() });
+        }
+        let receipt = StateReceipt {
+            id: state,
+            parent: record.parent,
+            session_id: Some(session.clone()),
+            turn: entry.turn - entry.first + 1,
+            tokens: record.tokens,
+            bytes: record.bytes,
+            expires_at: record.expires_at,
+        };
+        let done = Event::Done {
+            choice: 0,
+            finish,
+            completion_tokens: record.usage.completion_tokens,
+            stored: Some(Ok(receipt)),
+        };
+        rest.push(Told::new(&done, &[]));
+        Ok(Some(rest))
+    }
+}
+
+impl Hub {
+    /// Removes the journal of a response whose answer is stored; after the window also an answer that is not `kept`.
+    pub(super) async fn clear(
+        &self,
+        archive: &Archive,
+        journal: &Journal,
+        (tenant, id): (&Tenant, &str),
+        kept: bool,
+    ) -> Result<(), state::Error> {
+        archive.erase(journal).await?;
+        if kept {
+            return archive.unmark_running(tenant, id).await;
+        }
+        let (archive, tenant, id) = (archive.clone(), tenant.clone(), id.to_owned());
+        let window = self.rules.limits.window();
+        tokio::spawn(async move {
+            tokio::time::sleep(window).await;
+            let removed = archive.remove_answer(&tenant, &id).await.map(drop);
+            if let Err(error) = removed.and(archive.unmark_running(&tenant, &id).await) {
+                tracing::warn!(%error, response = id, "an old response could not be removed");
+            }
+        });
+        Ok(())
+    }
+}
