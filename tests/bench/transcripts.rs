@@ -87,8 +87,8 @@ async fn converse(sessions: &Sessions, chat: usize, words: usize) -> Told {
             }
         }
         told.waited += first.expect("a turn says something");
-        told.read += running.prompt_tokens;
-        told.saved += running.cached_tokens.get();
+        told.read += running.facts.prompt_tokens;
+        told.saved += running.facts.cached_tokens.get();
         messages.push(message(Role::Assistant, answer));
     }
     told
@@ -109,5 +109,7 @@ fn request(messages: Vec<Message>) -> Turn {
         ttl_s: None,
         initial_state: None,
         idempotency_key: None,
+        metadata: Default::default(),
+        delivery: Default::default(),
     }
 }
