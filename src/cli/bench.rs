@@ -82,6 +82,9 @@ fn measure(args: &Args) -> anyhow::Result<()> {
     let steps = prompt.div_ceil(STEP) as f64;
     let times = bench.prefill(prompt)?;
     let mut lines = vec![line(format!("prompt of {prompt}"), prompt as f64, steps, times)];
+    // The head is computed after the last token only.
+    let head = 2.0 * bench.model.description().vocabulary as f64 * bench.model.description().width as f64;
+    lines[0].peak -= lines[0].speed[1] * head * (1.0 - 1.0 / prompt as f64) / peak;
     show(&bar, 3, all);
     for (n, &streams) in args.streams.iter().enumerate() {
         let times = bench.decode(streams as usize, args.tokens as usize)?;

@@ -322,7 +322,8 @@ fn submit(model: &Arc<Model>, jobs: Vec<Placed>, permits: Vec<Permit>, reader: O
 /// sent of each choice before.
 async fn forward(mut outputs: Outputs, keeper: &mut Keeper, writer: &mut Writer, mut texts: BTreeMap<usize, String>) {
     let mut next = writer.wait(&mut outputs).await;
-    while let Some((first, output)) = next {
+    // A response that another server took is over here, whatever the engine still has to say.
+    while let Some((first, output)) = next.filter(|_| !writer.is_over()) {
         match output {
             engine::Event::Text { choice, text, ids } => {
                 if keeper.turn.store {

@@ -76,6 +76,11 @@ impl Writer {
         self.held.push((event, ids));
     }
 
+    /// Whether the last event was sent.
+    pub fn is_over(&self) -> bool {
+        self.over
+    }
+
     /// Whether the next event, if it is ready, goes with those that are held.
     pub fn has_room(&self) -> bool {
         self.journal.is_some() && self.open > 0 && self.held.len() < TOGETHER
@@ -108,7 +113,39 @@ impl Writer {
             && self.archive.append(&open.journal, open.next, &Entry::told(Vec::new())).await == Ok(Put::Created)
         {
             open.next += 1;
+            if self.ended_elsewhere().await {
+                self.lost();
+            }
         }
+    }
+
+    /// Whether another server has ended the response. It puts the answer before it erases the journal, whose entries can
+    /// be written anew after that: having written one says nothing until this was asked.
+    async fn ended_elsewhere(&self) -> bool {
+        let (Some(open), true) = (&self.journal, self.hub.rules.shared) else { return false };
+        let (tenant, id) = (&self.stream.tenant, &self.stream.facts.response_id);
+        match self.archive.answer::<Answer>(tenant, id).await {
+            Ok(None) => false,
+            Ok(Some(_)) => {
+                if let Err(error) = self.archive.erase(&open.journal).await {
+                    tracing::warn!(%error, response = id, "what is left of its journal could not be removed");
+                }
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, response = id, "it could not be found out whether another server has ended it");
+                false
+            }
+        }
+    }
+
+    /// Another server has the response now.
+    fn lost(&mut self) {
+        self.journal = None;
+        self.held.clear();
+        self.open = 0;
+        let why = "another server goes on with this response; ask again";
+        self.last(Event::Failed(Error::Engine(why.into())), false);
     }
 
     /// Makes what is held durable, if it must be, and lets everybody hear of it.
@@ -122,14 +159,13 @@ impl Writer {
         let told = self.held.iter().map(|(event, ids)| Told::new(event, ids)).collect();
         if let Some(open) = &mut self.journal {
             match self.archive.append(&open.journal, open.next, &Entry::told(told)).await {
-                Ok(Put::Created) => open.next += 1,
-                Ok(Put::Exists) => {
-                    self.journal = None;
-                    self.held.clear();
-                    self.open = 0;
-                    let why = "another server goes on with this response; ask again";
-                    return self.last(Event::Failed(Error::Engine(why.into())), false);
+                Ok(Put::Created) => {
+                    open.next += 1;
+                    if self.ended_elsewhere().await {
+                        return self.lost();
+                    }
                 }
+                Ok(Put::Exists) => return self.lost(),
                 Err(error) => self.go_on_without(&error).await,
             }
         }
