@@ -80,7 +80,12 @@ impl Sessions {
             metadata: brought.head.metadata,
         };
         let id = head.id.clone();
-        self.archive.keep(Arc::new(Snapshot { head, memory: brought.memory })).await?;
+        let bytes = brought.memory.bytes();
+        self.policy.quotas.admit(&self.archive, tenant, bytes, true).await?;
+        if let Err(error) = self.archive.keep(Arc::new(Snapshot { head, memory: brought.memory })).await {
+            self.policy.quotas.give_back(tenant, bytes).await;
+            return Err(error.into());
+        }
         self.state(tenant, &id).await
     }
 }

@@ -10,6 +10,7 @@ use rewake::types::Tenant;
 use serde_json::{Value, json};
 
 use crate::server::{COMPLETIONS, Client, Server, config, last, said};
+use crate::states::{download, upload};
 
 fn tenant(name: &str) -> Tenant {
     Tenant::parse(name).expect("a good name")
@@ -88,5 +89,18 @@ async fn old_turns_of_a_session_do_not_count() {
     for number in 1..12 {
         let reply = client.post_while(403, COMPLETIONS, turn("s")).await;
         assert_eq!(reply.json()["state"]["turn"], number);
+    }
+}
+
+#[tokio::test]
+async fn a_state_that_is_brought_counts_like_any_other() {
+    let (_server, ann, bob, _) = server();
+    for client in [&ann, &bob] {
+        let file = download(client, &client.ok(COMPLETIONS, turn("s")).await.state_id()).await;
+        for _ in 0..2 {
+            assert_eq!(upload(client, file.clone()).await.status, 200);
+        }
+        let refused = upload(client, file).await;
+        assert_eq!((refused.status, refused.code().as_str()), (403, "state_quota_exceeded"));
     }
 }

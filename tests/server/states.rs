@@ -21,7 +21,7 @@ fn rules(limit: u64) -> Value {
 }
 
 /// The file of a state.
-async fn download(client: &Client, id: &str) -> Vec<u8> {
+pub async fn download(client: &Client, id: &str) -> Vec<u8> {
     let response = client.send(get(&format!("{STATES}/{id}/content"))).await.expect("the server answers");
     assert_eq!(response.status(), 200);
     assert_eq!(response.headers()["content-type"], "application/octet-stream");
@@ -34,7 +34,7 @@ async fn upload_as(client: &Client, kind: &str, query: &str, file: Vec<u8>) -> R
     client.call(request.body(Body::from(file)).expect("a good request")).await
 }
 
-async fn upload(client: &Client, file: Vec<u8>) -> Reply {
+pub async fn upload(client: &Client, file: Vec<u8>) -> Reply {
     upload_as(client, "application/octet-stream", "", file).await
 }
 

@@ -278,7 +278,7 @@ mod tests {
             };
             let whole = run(&[2 * TURNED_FROM + 3]);
             assert!(whole.1.iter().all(|y| y.is_finite()));
-            assert_eq!(run(&vec![1; 2 * TURNED_FROM + 3]), whole);
+            assert_eq!(run(&[1; 2 * TURNED_FROM + 3]), whole);
             assert_eq!(run(&[TURNED_FROM + 2, 1, TURNED_FROM]), whole);
         }
     }
