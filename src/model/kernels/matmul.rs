@@ -199,7 +199,7 @@ impl WithPacked<()> for Run<'_> {
 
 fn run(w: &Panels, packed: &impl Packed, x: &[f32], out: &mut [f32]) {
     let rows = x.len() / w.inputs;
-    if rows <= tile::few(packed) {
+    if rows <= tile::few() {
         return each_panel(w, rows, out, |panel, sums| tile::few_rows(packed, panel, (x, w.inputs), sums));
     }
     let mut many = |x: &[f32], apart: bool| {

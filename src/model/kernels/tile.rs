@@ -17,7 +17,7 @@ pub const AHEAD: usize = 2048;
 const LINE: usize = 64;
 
 /// Up to how many rows are few: unpacking in registers is then quicker than doing it once for all of them.
-pub fn few(_: &impl Packed) -> usize {
+pub fn few() -> usize {
     #[cfg(target_arch = "x86_64")]
     {
         if super::wide() {
