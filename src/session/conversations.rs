@@ -157,13 +157,17 @@ impl Sessions {
         id: &str,
         make: impl Fn(&Conversation) -> Result<Change, Error>,
     ) -> Result<Conversation, Error> {
-        let session = self.conversation(tenant, id).await?.session;
-        self.hub.supersede(tenant, &session).await;
-        let _turnstile = self.busy.enter(tenant, &session, None)?;
+        let journal = Journal::conversation(tenant, id);
         loop {
+            let session = self.conversation(tenant, id).await?.session;
+            self.hub.supersede(tenant, &session).await;
+            let _turnstile = self.busy.enter(tenant, &session, None)?;
             let conversation = self.conversation(tenant, id).await?;
+            // Another session may have taken its place, in which a turn may run.
+            if conversation.session != session {
+                continue;
+            }
             let change = make(&conversation)?;
-            let journal = Journal::conversation(tenant, id);
             if self.archive.append(&journal, conversation.changes, &change).await? == Put::Created {
                 return self.conversation(tenant, id).await;
             }
