@@ -36,6 +36,7 @@ impl Sessions {
 
     /// Moves the head of a session back, or to a turn that was taken back before. Not while it runs a turn.
     pub async fn rewind(&self, tenant: &Tenant, id: &SessionId, branching: Branching) -> Result<SessionInfo, Error> {
+        self.hub.supersede(tenant, id).await;
         let _turnstile = self.busy.enter(tenant, id, None)?;
         let (head, _, turn) = self.branch(tenant, id, &branching).await?;
         let stays = turn.place.session == *id && turn.place.number == head.last;
