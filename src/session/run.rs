@@ -1,6 +1,6 @@
 //! Running a turn: resume, read what is new, stream, keep.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::initial::Fresh;
@@ -215,28 +215,33 @@ fn fresh(turn: &Turn, model: &Model, origin: &Origin) -> Result<Option<Fresh>, E
     Ok(None)
 }
 
-/// A committed turn as a running one.
-fn replayed(entry: Entry, session: &SessionId, model: &Model) -> Option<Running> {
-    let record = entry.record;
-    let mut events = VecDeque::new();
-    if !record.answer.is_empty() {
-        events.push_back(Event::Text { choice: 0, text: record.answer });
-    }
+/// What a client hears of a committed turn, but for the first `sent` bytes of its text.
+pub(super) fn committed(entry: &Entry, session: &SessionId, sent: usize) -> Option<Vec<Event>> {
+    let record = &entry.record;
     let receipt = StateReceipt {
-        id: record.state?,
-        parent: record.parent,
+        id: record.state.clone()?,
+        parent: record.parent.clone(),
         session_id: Some(session.clone()),
         turn: entry.depth,
         tokens: record.tokens,
         bytes: record.bytes,
         expires_at: record.expires_at,
     };
-    events.push_back(Event::Done {
+    let text = record.answer.get(sent..).filter(|text| !text.is_empty());
+    let text = text.map(|text| Event::Text { choice: 0, text: text.into() });
+    let done = Event::Done {
         choice: 0,
         finish: record.finish?,
         completion_tokens: record.usage.completion_tokens,
         stored: Some(Ok(receipt)),
-    });
+    };
+    Some(text.into_iter().chain([done]).collect())
+}
+
+/// A committed turn as a running one.
+fn replayed(entry: Entry, session: &SessionId, model: &Model) -> Option<Running> {
+    let events = committed(&entry, session, 0)?;
+    let record = entry.record;
     let facts = Facts {
         response_id: record.response_id,
         model: record.model,
@@ -248,7 +253,7 @@ fn replayed(entry: Entry, session: &SessionId, model: &Model) -> Option<Running>
         choices: 1,
         form: String::new(),
     };
-    Some(Running::new(facts, Source::Told(events)))
+    Some(Running::new(facts, Source::Told(events.into())))
 }
 
 fn invalid<T>(param: &'static str, message: &str) -> Result<T, Error> {

@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::record::{Answer, Begun, Entry, Told};
 use super::{Facts, Found, Hub};
 use crate::engine::{Job, Replay};
-use crate::session::run::Placed;
-use crate::session::{Error, Event, Sessions, Start, StateReceipt, Turn};
+use crate::session::run::{self, Placed};
+use crate::session::{Error, Event, Sessions, Start, Turn};
 use crate::state::{self, Archive, Journal, Put};
 use crate::telemetry::clock;
 use crate::types::{StateId, Tenant};
@@ -181,34 +181,11 @@ impl Sessions {
     async fn committed(&self, turn: &Turn, resumed: &Resumed) -> Result<Option<Vec<Told>>, Error> {
         let Start::Session { id: session, .. } = &turn.start else { return Ok(None) };
         let Some(entry) = self.archive.head(&turn.tenant, session).await?.live else { return Ok(None) };
-        let record = entry.record;
-        let (true, Some(state), Some(finish)) =
-            (record.response_id == resumed.facts.response_id, record.state, record.finish)
-        else {
+        if entry.record.response_id != resumed.facts.response_id {
             return Ok(None);
-        };
-        let sent = resumed.text(0).len();
-        let mut rest = Vec::new();
-        if let Some(text) = record.answer.get(sent..).filter(|text| !text.is_empty()) {
-            rest.push(Told::Text { choice: 0, text: text.into(), ids: Vec::new() });
         }
-        let receipt = StateReceipt {
-            id: state,
-            parent: record.parent,
-            session_id: Some(session.clone()),
-            turn: entry.turn - entry.first + 1,
-            tokens: record.tokens,
-            bytes: record.bytes,
-            expires_at: record.expires_at,
-        };
-        let done = Event::Done {
-            choice: 0,
-            finish,
-            completion_tokens: record.usage.completion_tokens,
-            stored: Some(Ok(receipt)),
-        };
-        rest.push(Told::new(&done, &[]));
-        Ok(Some(rest))
+        let rest = run::committed(&entry, session, resumed.text(0).len());
+        Ok(rest.map(|rest| rest.iter().map(|event| Told::new(event, &[])).collect()))
     }
 }
 
