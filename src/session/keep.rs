@@ -1,5 +1,6 @@
 //! Making a response's state durable, and committing the turn.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::origin::{Parent, Session};
@@ -86,7 +87,7 @@ impl Keeper {
                         }
                         None => "the turn could not be committed".into(),
                     };
-                    return Err(NotKept::Lost(failed("state_store_failed", &why, Some(&e))));
+                    return Err(NotKept::Lost(failed(StateError::STORE, &why, Some(&e))));
                 }
             }
             self.policy.committed(&self.archive, &self.turn.tenant, session);
@@ -101,7 +102,7 @@ impl Keeper {
         match self.policy.quotas.admit(&self.archive, tenant, bytes, true).await {
             Ok(()) => {}
             Err(Error::QuotaExceeded { message }) => {
-                return Err(NotKept::Lost(failed("state_quota_exceeded", &message, None)));
+                return Err(NotKept::Lost(failed(StateError::QUOTA, &message, None)));
             }
             Err(e) => tracing::warn!(%tenant, error = %e, "stored states could not be counted"),
         }
@@ -117,7 +118,7 @@ impl Keeper {
         };
         if let Err(e) = stored.await {
             self.policy.quotas.give_back(tenant, bytes).await;
-            return Err(NotKept::Lost(failed("state_store_failed", "the state could not be stored", Some(&e))));
+            return Err(NotKept::Lost(failed(StateError::STORE, "the state could not be stored", Some(&e))));
         }
         Ok(())
     }
@@ -220,8 +221,8 @@ pub(super) fn said(model: &Model, input: &Input) -> (Vec<Message>, Option<String
 }
 
 /// The cause is for the log only: it may name paths.
-fn failed(code: &'static str, message: &str, cause: Option<&state::Error>) -> StateError {
-    tracing::error!(code, message, cause = cause.map(tracing::field::display), "a state was not kept");
+fn failed(code: Cow<'static, str>, message: &str, cause: Option<&state::Error>) -> StateError {
+    tracing::error!(%code, message, cause = cause.map(tracing::field::display), "a state was not kept");
     metrics::state_failed();
     StateError { code, message: message.into() }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Error, Event, Model, Running, Sessions, StateInfo, StateReceipt, Turn};
+use super::{Error, Event, Model, Running, Sessions, StateError, StateInfo, StateReceipt, Turn};
 use crate::state::{self, Damaged};
 use crate::telemetry::clock;
 use crate::types::{Snapshot, SnapshotHead, StateId, Tenant};
@@ -38,6 +38,9 @@ impl Sessions {
         loop {
             match running.next().await {
                 Some(Event::Done { stored: Some(Ok(receipt)), .. }) => return Ok((running, receipt)),
+                Some(Event::Done { stored: Some(Err(why)), .. }) if why.code == StateError::QUOTA => {
+                    return Err(Error::QuotaExceeded { message: why.message });
+                }
                 Some(Event::Done { stored: Some(Err(why)), .. }) => return Err(Error::Store(why.message)),
                 Some(Event::Failed(error)) => return Err(error),
                 Some(_) => {}

@@ -1,5 +1,6 @@
 //! What goes into a turn and what comes out of it: the language between the wire and the use-cases.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -157,10 +158,18 @@ pub struct StateReceipt {
 }
 
 /// Why a state that was asked for could not be kept, though the answer arrived.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StateError {
-    pub code: &'static str,
+    /// For programs: one of those below.
+    pub code: Cow<'static, str>,
     pub message: String,
+}
+
+impl StateError {
+    /// The store failed.
+    pub const STORE: Cow<'static, str> = Cow::Borrowed("state_store_failed");
+    /// It would have been more than its tenant may have.
+    pub const QUOTA: Cow<'static, str> = Cow::Borrowed("state_quota_exceeded");
 }
 
 /// Why a use-case did not run. `api` maps each to the wire.

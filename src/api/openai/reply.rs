@@ -151,7 +151,7 @@ impl From<Option<Result<StateReceipt, StateError>>> for Kept {
             None => Self::default(),
             Some(Ok(receipt)) => Self { state: Some(Some(receipt.into())), state_error: None },
             Some(Err(StateError { code, message })) => {
-                Self { state: Some(None), state_error: Some(StateProblem { code: code.into(), message }) }
+                Self { state: Some(None), state_error: Some(StateProblem { code: code.into_owned(), message }) }
             }
         }
     }

@@ -46,7 +46,7 @@ fn stored(stored: Result<StateReceipt, StateError>) -> Event {
 }
 
 fn lost() -> StateError {
-    StateError { code: "store_failed", message: "the disk is full".into() }
+    StateError { code: "store_failed".into(), message: "the disk is full".into() }
 }
 
 async fn record() -> Record {

@@ -70,19 +70,12 @@ pub(in crate::session) enum Told {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         state: Option<StateReceipt>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        error: Option<Problem>,
+        error: Option<StateError>,
     },
     Failed {
         message: String,
     },
     Cancelled,
-}
-
-/// Why a state was not kept.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(in crate::session) struct Problem {
-    code: String,
-    message: String,
 }
 
 /// A response that has ended, with all its events.
@@ -108,7 +101,7 @@ impl Told {
                 let (state, error) = match stored {
                     None => (None, None),
                     Some(Ok(receipt)) => (Some(receipt), None),
-                    Some(Err(e)) => (None, Some(Problem { code: e.code.into(), message: e.message })),
+                    Some(Err(error)) => (None, Some(error)),
                 };
                 Self::Done { choice, finish, completion_tokens, state, error }
             }
@@ -121,19 +114,12 @@ impl Told {
         match self {
             Self::Text { choice, text, .. } => Event::Text { choice, text },
             Self::Done { choice, finish, completion_tokens, state, error } => {
-                let lost = error.map(|Problem { code, message }| Err(StateError { code: known(&code), message }));
-                Event::Done { choice, finish, completion_tokens, stored: state.map(Ok).or(lost) }
+                Event::Done { choice, finish, completion_tokens, stored: state.map(Ok).or(error.map(Err)) }
             }
             Self::Failed { message } => Event::Failed(Error::Engine(message)),
             Self::Cancelled => Event::Failed(Error::Cancelled),
         }
     }
-}
-
-/// The codes that a state's failure can have.
-fn known(code: &str) -> &'static str {
-    const CODES: [&str; 2] = ["session_conflict", "quota_exceeded"];
-    CODES.into_iter().find(|known| *known == code).unwrap_or("state_store_failed")
 }
 
 #[cfg(test)]
@@ -142,12 +128,13 @@ mod tests {
 
     #[test]
     fn events_come_back_from_the_store() {
-        let lost = StateError { code: "session_conflict", message: "m".into() };
+        let lost = |code| Err(StateError { code, message: "m".into() });
         let done = |stored| Event::Done { choice: 1, finish: Finish::Length, completion_tokens: 9, stored };
         for event in [
             Event::Text { choice: 0, text: "a\n".into() },
             done(None),
-            done(Some(Err(lost))),
+            done(Some(lost(StateError::STORE))),
+            done(Some(lost(StateError::QUOTA))),
             Event::Failed(Error::Cancelled),
             Event::Failed(Error::Engine("e".into())),
         ] {
