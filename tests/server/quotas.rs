@@ -67,6 +67,20 @@ async fn more_than_a_tenant_may_have_is_refused_before_it_is_computed() {
 }
 
 #[tokio::test]
+async fn a_response_that_is_deleted_makes_room() {
+    let (_server, ann, ..) = server();
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        let response = ann.ok("/v1/responses", json!({"input": "A cat", "max_output_tokens": 3})).await.json();
+        ids.push(response["id"].as_str().expect("an id").to_owned());
+    }
+    let another = json!({"input": "A dog", "max_output_tokens": 3});
+    assert_eq!(ann.post("/v1/responses", another.clone()).await.code(), "state_quota_exceeded");
+    assert_eq!(ann.delete(&format!("/v1/responses/{}", ids[0])).await.status, 200);
+    ann.ok("/v1/responses", another).await;
+}
+
+#[tokio::test]
 async fn an_answer_that_is_there_arrives_without_its_state() {
     let (_server, ann, ..) = server();
     let body = json!({"prompt": "A cat", "n": 4, "max_tokens": 3, "store_state": true, "stream": true});

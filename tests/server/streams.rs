@@ -8,7 +8,7 @@ use rewake::state::{InMemory, Store};
 use rewake::types::Tenant;
 use serde_json::{Value, json};
 
-use crate::server::{CHAT, COMPLETIONS, Chunks, Client, Process, Server, config, get, said};
+use crate::server::{CHAT, COMPLETIONS, Chunks, Client, Process, Server, config, get, last, said};
 use crate::store::Failing;
 use crate::{endless, user, with};
 
@@ -134,17 +134,8 @@ async fn a_slow_reader_is_waited_for() {
     let mut stream = client.stream(COMPLETIONS, endless()).await;
     let first = stream.next().await.expect("a chunk");
     let id = first["id"].as_str().expect("an id");
-    let events = async || server.sessions.so_far(&Tenant::local(), id).await.expect("it runs").events.len();
     // It rests when no more events come while another answer is generated.
-    let mut before = events().await;
-    loop {
-        client.ok(COMPLETIONS, json!({"prompt": "x", "max_tokens": 50, "logit_bias": {"0": -100}})).await;
-        let now = events().await;
-        if now == before {
-            break;
-        }
-        before = now;
-    }
+    let before = at_rest(server, &[id.to_owned()]).await[0];
     assert!((500..600).contains(&before), "{before} events wait for a reader who reads nothing");
     for _ in 0..2000 {
         stream.next().await.expect("it goes on where it was");
@@ -201,6 +192,85 @@ async fn of_too_many_that_wait_the_first_is_given_up() {
     for id in &ids[1..] {
         client.resume(id, None).await.expect("it is there").begun().await;
     }
+}
+
+/// How many events streams have by the time that no more come, because their readers read nothing.
+async fn at_rest(server: &Server, ids: &[String]) -> Vec<usize> {
+    let client = server.client();
+    let mut before = Vec::new();
+    loop {
+        client.ok(COMPLETIONS, json!({"prompt": "x", "max_tokens": 50, "logit_bias": {"0": -100}})).await;
+        let mut now = Vec::new();
+        for id in ids {
+            now.push(server.sessions.so_far(&Tenant::local(), id).await.expect("it is there").events.len());
+        }
+        if now == before {
+            return now;
+        }
+        before = now;
+    }
+}
+
+#[tokio::test]
+async fn of_too_many_slow_readers_the_first_is_given_up() {
+    let streams = StreamLimits { parked: 1, ..StreamLimits::default() };
+    let server = Server::with(&Config { streams, ..config() }, Arc::new(InMemory::default()));
+    let client = server.client();
+    let (mut readers, mut ids) = (Vec::new(), Vec::new());
+    for _ in 0..2 {
+        let mut stream = client.stream(COMPLETIONS, endless()).await;
+        ids.push(stream.next().await.expect("a chunk")["id"].as_str().expect("an id").to_owned());
+        readers.push(stream);
+        at_rest(&server, &ids).await;
+    }
+    let mut given_up = 0;
+    for (mut stream, id) in readers.into_iter().zip(ids) {
+        for _ in 0..1000 {
+            let chunk = stream.next().await.expect("an error at the least");
+            if chunk.get("error").is_some() {
+                assert_eq!(chunk["error"]["code"], "response_cancelled", "{id}");
+                given_up += 1;
+                break;
+            }
+        }
+    }
+    assert_eq!(given_up, 1, "one waits, and goes on");
+}
+
+#[tokio::test]
+async fn a_session_goes_back_though_a_response_waits_for_its_reader() {
+    let client = Server::shared().client();
+    for n in 1..3 {
+        let body = json!({"prompt": "A cat", "session_id": "gone-back", "max_tokens": 3});
+        assert_eq!(client.ok(COMPLETIONS, body).await.json()["state"]["turn"], n);
+    }
+    let mut stream = client.stream(COMPLETIONS, with(endless(), json!({"session_id": "gone-back"}))).await;
+    stream.begun().await;
+    drop(stream);
+    assert_eq!(client.ok("/v1/sessions/gone-back/rewind", json!({"at": 1})).await.json()["turn"], 1);
+}
+
+#[tokio::test]
+async fn a_turn_that_was_committed_just_before_the_end_is_told_as_it_was() {
+    let store = Arc::new(Failing::new(InMemory::default()));
+    store.fail(false);
+    let first = Server::over(store.clone()).client();
+    for n in 1..4 {
+        let body = json!({"prompt": "A cat", "session_id": "trunk", "max_tokens": 3});
+        assert_eq!(first.ok(COMPLETIONS, body).await.json()["state"]["turn"], n);
+    }
+    first.ok("/v1/sessions/trunk/fork", json!({"to": "branch"})).await;
+    // As if the process were lost between the session's record and the response's end.
+    store.only("/responses/");
+    store.fail(true);
+    let body = json!({"prompt": "A dog", "session_id": "branch", "max_tokens": 5, "detach": true});
+    let told = first.stream(COMPLETIONS, body).await.all().await;
+    store.fail(false);
+    let id = told[0]["id"].as_str().expect("an id");
+    let again = Server::over(store).client().resume(id, None).await.expect("it is there").all().await;
+    assert_eq!(said(&again, 0), said(&told, 0));
+    assert_eq!(last(&told)["state"]["turn"], 4);
+    assert_eq!(last(&again)["state"], last(&told)["state"]);
 }
 
 #[tokio::test]

@@ -37,7 +37,7 @@ const FINISHED: usize = 64 << 20;
 pub struct StreamLimits {
     /// Seconds that a stream whose reader was lost waits for it; 0 = the response is cancelled at once.
     pub resume_window_s: u64,
-    /// Responses that wait so at once; the first of more is cancelled.
+    /// Responses that wait at once for readers who are lost or too slow; the first of more is cancelled.
     pub parked: usize,
 }
 
@@ -109,7 +109,7 @@ pub(super) struct Rules {
     shared: bool,
     /// The server is about to stop: nobody is waited for.
     draining: AtomicBool,
-    /// In the order in which they were left.
+    /// In the order in which they were parked. Locked before a stream's state, never after it.
     parked: Mutex<VecDeque<Weak<Stream>>>,
 }
 
@@ -122,8 +122,8 @@ impl Rules {
     /// One more is parked; when there are too many the first of them is not waited for any longer.
     fn parked(&self, stream: &Arc<Stream>) {
         let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
-        let waits = |other: &Arc<Stream>| !Arc::ptr_eq(other, stream) && other.is_abandoned();
-        parked.retain(|other| other.upgrade().is_some_and(|other| waits(&other)));
+        let others = |other: &Arc<Stream>| !Arc::ptr_eq(other, stream) && other.is_parked();
+        parked.retain(|other| other.upgrade().is_some_and(|other| others(&other)));
         parked.push_back(Arc::downgrade(stream));
         while parked.len() > self.limits.parked {
             if let Some(first) = parked.pop_front().and_then(|first| first.upgrade()) {
@@ -185,9 +185,11 @@ impl Hub {
             }
         }
         drop(ended);
-        let (hub, stream) = (self.clone(), stream.clone());
+        // What is forgotten before its time must go then.
+        let (hub, stream) = (self.clone(), Arc::downgrade(stream));
         tokio::spawn(async move {
             tokio::time::sleep(window).await;
+            let Some(stream) = stream.upgrade() else { return };
             hub.ended.lock().unwrap_or_else(PoisonError::into_inner).retain(|other| !Arc::ptr_eq(other, &stream));
             hub.forget(&stream);
         });
@@ -281,7 +283,10 @@ impl Sessions {
             if let Event::Done { stored: Some(Ok(receipt)), .. } = event
                 && receipt.session_id.is_none()
             {
-                self.archive.remove(tenant, &receipt.id).await?;
+                match self.delete_state(tenant, &receipt.id).await {
+                    Ok(()) | Err(Error::StateNotFound(_)) => {}
+                    Err(error) => return Err(error),
+                }
             }
         }
         if let Some(stream) = self.hub.find(tenant, id) {

@@ -96,12 +96,16 @@ impl Stream {
     }
 
     /// Lets everybody who listens hear of an event.
-    pub fn push(&self, event: Event) {
+    pub fn push(self: &Arc<Self>, event: Event) {
         let mut state = self.state();
         state.log.push(event);
-        self.park_or_not(&mut state);
+        let parked = self.park_or_not(&mut state);
         drop(state);
         self.told.send_replace(());
+        // A reader who is too slow is waited for like one who is lost.
+        if parked && self.delivery.stream {
+            self.rules.parked(self);
+        }
     }
 
     /// Nothing follows.
@@ -133,14 +137,20 @@ impl Stream {
         state.readers == 0 && !state.ended && !self.delivery.detach
     }
 
+    /// Whether it rests until somebody reads.
+    pub fn is_parked(&self) -> bool {
+        self.pause.is_set() && !self.ended()
+    }
+
     /// All events so far, and whether that is all.
     pub fn so_far(&self) -> (Vec<Event>, bool) {
         let state = self.state();
         (state.log.iter().collect(), state.ended)
     }
 
+    /// Bytes of memory, about.
     pub fn bytes(&self) -> usize {
-        self.state().log.bytes()
+        self.state().log.bytes() + self.facts.form.len()
     }
 
     /// Ends it early; the first reason counts.
@@ -158,13 +168,16 @@ impl Stream {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn park_or_not(&self, state: &mut State) {
+    /// Parks the response or lets it go on. Says whether this parked it.
+    fn park_or_not(&self, state: &mut State) -> bool {
         let behind = state.log.len() - state.furthest.min(state.log.len());
         state.lagging = if state.lagging { behind > LAG / 2 } else { behind > LAG };
         let park = !self.delivery.detach && !state.ended && (state.readers == 0 || state.lagging);
-        if self.pause.set(park) {
+        let changed = self.pause.set(park);
+        if changed {
             self.model.engine.look();
         }
+        changed && park
     }
 
     /// A reader has left. The last one parks the response for the window.
@@ -185,12 +198,14 @@ impl Stream {
         self.park_or_not(&mut state);
         drop(state);
         self.rules.parked(self);
-        let stream = self.clone();
+        // Who waits must not keep what has ended meanwhile.
+        let (stream, cancel) = (Arc::downgrade(self), self.cancel.clone());
         runtime.spawn(async move {
             tokio::select! {
                 () = tokio::time::sleep(window) => {}
-                () = stream.cancel.cancelled() => return,
+                () = cancel.cancelled() => return,
             }
+            let Some(stream) = stream.upgrade() else { return };
             let state = stream.state();
             if state.readers == 0 && state.left == left && !state.ended {
                 drop(state);
