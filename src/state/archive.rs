@@ -58,6 +58,9 @@ const START: usize = 1 << 16;
 /// Six hours.
 const GRACE_S: u64 = 6 * 3600;
 
+/// How many states of all sessions are looked at in one go for those of one.
+const SIFTED: usize = 256;
+
 /// How many objects a listing reads at once.
 pub(super) const AT_ONCE: usize = 16;
 
@@ -143,7 +146,8 @@ impl Archive {
     pub async fn list(&self, tenant: &Tenant, wanted: &Wanted, now: u64) -> Result<Listed<Info>, Error> {
         let folder = format!("t/{tenant}/states");
         let mut after = wanted.after.as_ref().map(StateId::to_string);
-        let batch = wanted.limit.saturating_add(1);
+        // Every look for names goes through the whole folder, and of another session's states none is wanted.
+        let batch = wanted.limit.saturating_add(1).max(if wanted.session.is_some() { SIFTED } else { 0 });
         let mut found = Vec::new();
         while found.len() <= wanted.limit {
             let names = self.store.children(&folder, after.as_deref(), batch).await?;
