@@ -100,17 +100,23 @@ fn checked(file: &[u8], models: &[Arc<Model>]) -> Result<(Arc<Model>, Snapshot),
         code: Some("invalid_state"),
         message: format!("this is no state that can be used here: {}", crate::types::readable(&why)),
     };
-    let snapshot = state::decode(file).map_err(refused)?;
-    let SnapshotHead { model: state_model, fingerprint, arithmetic, metadata, .. } = &snapshot.head;
+    let state::Info { head, tokens, bytes } = state::inspect(file).map_err(refused)?;
+    let SnapshotHead { model: state_model, fingerprint, arithmetic, metadata, .. } = &head;
     let Some(model) = models.iter().find(|model| model.card.fingerprint == *fingerprint) else {
         let served: Vec<&str> = models.iter().map(|model| model.card.id.as_str()).collect();
         let state_model = crate::types::readable(state_model);
         return Err(Error::StateModelMismatch { state_model, model: served.join(", ") });
     };
-    state::fits(&snapshot.memory, &model.layout, model.card.vocabulary).map_err(refused)?;
+    let most = state::most_bytes(&model.layout, tokens);
+    if bytes > most {
+        let why = format!("it has {bytes} bytes, and states of this model after {tokens} tokens at most {most}");
+        return Err(refused(Damaged(why)));
+    }
     check_metadata(metadata).map_err(|why| refused(Damaged(why)))?;
     if arithmetic.len() > METADATA_KEY {
         return Err(refused(Damaged(format!("the name of its arithmetic has {} bytes", arithmetic.len()))));
     }
+    let snapshot = state::decode(file).map_err(refused)?;
+    state::fits(&snapshot.memory, &model.layout, model.card.vocabulary).map_err(refused)?;
     Ok((model.clone(), snapshot))
 }

@@ -159,14 +159,7 @@ pub fn encode_as(snapshot: &Snapshot, storage: Storage) -> Result<Vec<u8>, Damag
 /// Anything that is not exactly what [`encode_as`] writes, with the reason. Never panics, and takes memory in proportion to
 /// the file only.
 pub fn decode(file: &[u8]) -> Result<Snapshot, Damaged> {
-    let size = file.len() as u64;
-    let header = Header::parse(file, size)?;
-    let (body, stored) = file.split_at(file.len() - HASH);
-    if blake3::hash(body) != blake3::Hash::from_slice(stored).expect("32 bytes are split off") {
-        return Err(Damaged("the checksum does not match the contents".into()));
-    }
-
-    let Header { meta, tensors, values, data_at } = header;
+    let Header { meta, tensors, values, data_at } = Header::of_whole(file)?;
     let bytes_of = |name: &str, dtype: Dtype| -> Result<&[u8], Damaged> {
         let (from, to) = tensor(&tensors, name, dtype)?.data_offsets;
         // `Header::parse` has seen that the offsets lie within the file.
@@ -216,6 +209,14 @@ pub fn decode(file: &[u8]) -> Result<Snapshot, Damaged> {
     Ok(snapshot)
 }
 
+/// What a whole file tells of itself before any of its tensors is unpacked.
+///
+/// # Errors
+/// As [`decode`], but that the tensors' values are not looked at.
+pub fn inspect(file: &[u8]) -> Result<Info, Damaged> {
+    Header::of_whole(file)?.info()
+}
+
 /// How many bytes from its start a file of `size` bytes needs for [`decode_head`], read from its first 8.
 pub fn head_len(start: &[u8], size: u64) -> Result<usize, Damaged> {
     let first = start.first_chunk::<8>().ok_or_else(|| Damaged(format!("it is only {size} bytes long")))?;
@@ -229,10 +230,7 @@ pub fn head_len(start: &[u8], size: u64) -> Result<usize, Damaged> {
 
 /// What the first [`head_len`] bytes of a file of `size` bytes tell, without the checksum having been seen.
 pub fn decode_head(start: &[u8], size: u64) -> Result<Info, Damaged> {
-    let Header { meta, values, .. } = Header::parse(start, size)?;
-    let bytes = values.iter().filter_map(Values::size).map(|(values, _)| 4 * values as u64).sum();
-    let tokens = positions(meta.consumed, &meta.pending)?;
-    Ok(Info { head: meta.head.into_owned(), tokens, bytes })
+    Header::parse(start, size)?.info()
 }
 
 /// What comes before the tensors, understood and found to fit the file.
@@ -246,6 +244,23 @@ struct Header {
 }
 
 impl Header {
+    /// That of a file whose checksum is right.
+    fn of_whole(file: &[u8]) -> Result<Self, Damaged> {
+        let header = Self::parse(file, file.len() as u64)?;
+        let (body, stored) = file.split_at(file.len() - HASH);
+        if blake3::hash(body) != blake3::Hash::from_slice(stored).expect("32 bytes are split off") {
+            return Err(Damaged("the checksum does not match the contents".into()));
+        }
+        Ok(header)
+    }
+
+    fn info(self) -> Result<Info, Damaged> {
+        let Self { meta, values, .. } = self;
+        let bytes = values.iter().filter_map(Values::size).map(|(values, _)| 4 * values as u64).sum();
+        let tokens = positions(meta.consumed, &meta.pending)?;
+        Ok(Info { head: meta.head.into_owned(), tokens, bytes })
+    }
+
     fn parse(start: &[u8], size: u64) -> Result<Self, Damaged> {
         let data_at = head_len(start, size)?;
         let json = start.get(8..data_at).ok_or_else(|| Damaged("its header is cut off".into()))?;

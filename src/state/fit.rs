@@ -27,6 +27,19 @@ pub fn fits(memory: &Memory, layout: &[Segment], vocabulary: usize) -> Result<()
     memory.tail.iter().try_for_each(|id| check_id("tail", *id, vocabulary))
 }
 
+/// Bytes of the recurrent state of a sequence of so many tokens, at the most: what claims to have more is refused before it
+/// is unpacked.
+pub fn most_bytes(layout: &[Segment], tokens: u64) -> u64 {
+    let values = |segment: &Segment| match segment {
+        Segment::Fixed { .. } => segment.values() as u64,
+        Segment::Log { width, cap, .. } => {
+            let entries = cap.map_or(tokens, |cap| tokens.min(cap as u64));
+            entries.saturating_mul(*width as u64)
+        }
+    };
+    layout.iter().map(values).fold(0, u64::saturating_add).saturating_mul(4)
+}
+
 fn check_id(what: &str, id: u32, vocabulary: usize) -> Result<(), Damaged> {
     if (id as usize) < vocabulary {
         return Ok(());
@@ -98,6 +111,13 @@ mod tests {
     #[test]
     fn what_a_model_made_fits_it() {
         assert_eq!(fits(&sound(), &layout(), 10), Ok(()));
+    }
+
+    #[test]
+    fn no_state_of_so_many_tokens_is_larger() {
+        assert_eq!(most_bytes(&layout(), 2), sound().bytes() + 4, "but for a window that forgets");
+        assert_eq!(most_bytes(&layout(), 9), 4 * (2 + 3 * 4 + 9));
+        assert_eq!(most_bytes(&layout(), u64::MAX), u64::MAX);
     }
 
     #[test]

@@ -35,8 +35,8 @@ mod tiered;
 
 pub use archive::{Archive, Listed, Stored, Wanted, is_state};
 pub use bucket::{Bucket, BucketUrl};
-pub use codec::{Damaged, FORMATS, Info, decode, decode_head, encode, encode_as, head_len};
-pub use fit::fits;
+pub use codec::{Damaged, FORMATS, Info, decode, decode_head, encode, encode_as, head_len, inspect};
+pub use fit::{fits, most_bytes};
 pub use journal::Journal;
 pub use lineage::{At, Turn};
 pub use local::Local;

@@ -6,7 +6,7 @@ use axum::body::{Body, to_bytes};
 use axum::http::Request;
 use rewake::config::{Config, Model};
 use rewake::state::{InMemory, decode, encode};
-use rewake::types::{Snapshot, Tenant};
+use rewake::types::{SegmentData, Snapshot, Tenant};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
@@ -196,6 +196,13 @@ async fn what_is_no_state_of_a_served_model_is_refused() {
         assert_eq!((refused.status, refused.code().as_str()), (400, "invalid_state"), "{what}: {}", refused.text);
         assert_eq!(refused.error()["param"], "body", "{what}");
     }
+    // Before it is unpacked: a small file may claim to be a large state.
+    let large = |s: &mut Snapshot| {
+        let more = SegmentData { name: "more".into(), shape: vec![1 << 16], data: vec![0.0; 1 << 16] };
+        s.memory.segments.push(more);
+    };
+    let refused = upload(&client, changed(&file, large)).await;
+    assert!(refused.status == 400 && refused.text.contains("at most"), "{}", refused.text);
     let other = upload(&client, changed(&file, |s| s.head.fingerprint = "other".into())).await;
     assert_eq!((other.status, other.code().as_str()), (409, "state_model_mismatch"));
     assert_eq!(other.header("x-should-retry"), Some("false"));
