@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::origin::Parent;
 use super::{Error, Model, Sessions};
 use crate::engine::{ARITHMETIC, Event, Job};
-use crate::state::{self, Archive, Origin};
+use crate::state::{self, Origin};
 use crate::telemetry::{clock, metrics};
 use crate::text::Trim;
 use crate::types::{Memory, Pending, Resume, Sampling, SessionId, Snapshot, SnapshotHead, StateId, TAIL, Tenant};
@@ -89,7 +89,7 @@ impl Sessions {
         let made_by = self.archive.origin_of(tenant, &state).await?;
         if let Some(origin) = made_by.clone().filter(|_| record.expires_at.is_none_or(|at| at > clock::unix_seconds()))
         {
-            store_again(&self.archive, tenant, (&turn, origin), memory.clone()).await;
+            self.store_again(tenant, &turn, origin, memory.clone()).await;
         }
         let session = made_by.map(|origin| origin.session);
         Ok(Parent { id: state, turn: turn_number, session, read_again, memory })
@@ -171,33 +171,41 @@ impl Sessions {
         }
         Err(Error::Engine("the engine has stopped".into()))
     }
-}
 
-/// Puts a rebuilt state where it was. That it cannot be stored costs only the time to rebuild it once more.
-async fn store_again(archive: &Archive, tenant: &Tenant, (turn, origin): (&state::Turn, Origin), memory: Arc<Memory>) {
-    let record = &turn.entry.record;
-    let Some(id) = record.state.clone() else { return };
-    let head = SnapshotHead {
-        id: id.clone(),
-        parent: record.parent.clone(),
-        owner: tenant.clone(),
-        model: record.model.clone(),
-        fingerprint: record.fingerprint.clone(),
-        arithmetic: ARITHMETIC.into(),
-        session: Some(origin.session),
-        record: Some(origin.record),
-        turn: origin.turn,
-        created: record.created,
-        expires_at: record.expires_at,
-        metadata: turn.entry.metadata.clone(),
-    };
-    let snapshot = Arc::new(Snapshot { head, memory: Memory::clone(&memory) });
-    // What is there is damaged.
-    let stored = async {
-        archive.remove(tenant, &id).await?;
-        archive.keep(snapshot).await
-    };
-    if let Err(error) = stored.await {
-        tracing::warn!(state = %id, %error, "a rebuilt state could not be stored");
+    /// Puts a rebuilt state where it was, if its tenant may have it. That it is not stored costs only the time to rebuild it
+    /// once more.
+    async fn store_again(&self, tenant: &Tenant, turn: &state::Turn, origin: Origin, memory: Arc<Memory>) {
+        let record = &turn.entry.record;
+        let Some(id) = record.state.clone() else { return };
+        let head = SnapshotHead {
+            id: id.clone(),
+            parent: record.parent.clone(),
+            owner: tenant.clone(),
+            model: record.model.clone(),
+            fingerprint: record.fingerprint.clone(),
+            arithmetic: ARITHMETIC.into(),
+            session: Some(origin.session),
+            record: Some(origin.record),
+            turn: origin.turn,
+            created: record.created,
+            expires_at: record.expires_at,
+            metadata: turn.entry.metadata.clone(),
+        };
+        let bytes = memory.bytes();
+        let snapshot = Arc::new(Snapshot { head, memory: Memory::clone(&memory) });
+        let stored = async {
+            // What is there is damaged, and is counted already.
+            if !self.archive.remove(tenant, &id).await? {
+                self.policy.quotas.admit(&self.archive, tenant, bytes, true).await?;
+            }
+            if let Err(error) = self.archive.keep(snapshot).await {
+                self.policy.quotas.give_back(tenant, bytes).await;
+                return Err(error.into());
+            }
+            Ok::<_, Error>(())
+        };
+        if let Err(error) = stored.await {
+            tracing::warn!(state = %id, %error, "a rebuilt state was not stored");
+        }
     }
 }

@@ -107,6 +107,24 @@ async fn old_turns_of_a_session_do_not_count() {
 }
 
 #[tokio::test]
+async fn old_turns_that_are_asked_for_again_stay_within_the_quota() {
+    let mut config = config();
+    config.states.session_snapshots = 2;
+    config.states.quota = Quota { states: 4, bytes: 0 };
+    let server = Server::with(&config, Arc::new(InMemory::default()));
+    let client = server.client();
+    let mut states = Vec::new();
+    for _ in 0..8 {
+        states.push(client.post_while(403, COMPLETIONS, turn("s")).await.state_id());
+    }
+    for state in &states {
+        client.ok(COMPLETIONS, json!({"prompt": "x", "max_tokens": 1, "state_id": state, "store_state": false})).await;
+    }
+    let kept = client.get("/v1/states").await.json()["data"].as_array().map(Vec::len);
+    assert!(kept <= Some(4), "{kept:?}");
+}
+
+#[tokio::test]
 async fn a_state_that_is_brought_counts_like_any_other() {
     let (_server, ann, bob, _) = server();
     for client in [&ann, &bob] {
