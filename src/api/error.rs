@@ -48,6 +48,9 @@ pub enum Error {
     BinaryType(String),
     #[error("the request ran into a defect of the server")]
     Panic,
+    /// Another failure, in a request where the field to blame has a name of its own.
+    #[error("{error}")]
+    Renamed { param: &'static str, error: Box<Error> },
 }
 
 impl Error {
@@ -56,9 +59,31 @@ impl Error {
         Self::Invalid { param: Some(param.into()), code: "invalid_value", message: message.into() }
     }
 
+    /// A parameter that is needed and not there.
+    pub fn missing(param: &str) -> Self {
+        let message = format!("`{param}` is missing");
+        Self::Invalid { param: Some(param.into()), code: "missing_required_parameter", message }
+    }
+
     /// A parameter that is known and not supported, with a value that would matter.
     pub fn unsupported(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Invalid { param: Some(param.into()), code: "unsupported_parameter", message: message.into() }
+    }
+
+    /// The same failure of a request in which some fields have names of their own: each with the one it is known by.
+    pub fn renamed(self, names: &[(&str, &'static str)]) -> Self {
+        let wire = self.wire();
+        let own = names.iter().find(|(known, _)| wire.param.as_deref() == Some(known)).map(|(_, own)| *own);
+        drop(wire);
+        match own {
+            Some(param) => Self::Renamed { param, error: Box::new(self) },
+            None => self,
+        }
+    }
+
+    /// The failure itself, whatever it blames.
+    fn cause(&self) -> &Self {
+        if let Self::Renamed { error, .. } = self { error.cause() } else { self }
     }
 
     /// A server that takes no turns now.
@@ -112,6 +137,7 @@ impl Error {
             Self::TooLarge { .. } => Wire::new(413, "request_too_large"),
             Self::ContentType(_) | Self::BinaryType(_) => Wire::new(415, "unsupported_media_type"),
             Self::Panic => Wire::new(500, "internal_error"),
+            Self::Renamed { param, error } => error.wire().param(Some(param)),
             Self::UnknownState(_) => Wire::new(404, "state_not_found").param(Some("state_id")),
             Self::UnknownSession(_) => Wire::new(404, "session_not_found").param(Some("session_id")),
             Self::UnknownItem(_) => Wire::new(404, "item_not_found").param(Some("item_id")),
@@ -210,7 +236,7 @@ impl IntoResponse for Error {
             headers.insert(header::RETRY_AFTER, millis.div_ceil(1000).into());
             headers.insert(RETRY_AFTER_MS, millis.into());
         }
-        if let Self::Session(session::Error::TurnConflict { state: Some(state), .. }) = &self {
+        if let Self::Session(session::Error::TurnConflict { state: Some(state), .. }) = self.cause() {
             let id = HeaderValue::from_str(state.as_str()).expect("state ids are hexadecimal digits");
             headers.insert(super::openai::STATE_ID, id);
         }
@@ -344,6 +370,20 @@ mod tests {
             assert!(detail["message"].is_string() && detail["type"].is_string());
             assert_eq!(error.wire().status, status, "{error:?}");
         }
+    }
+
+    #[test]
+    fn a_field_is_blamed_by_the_name_it_has_in_the_request() {
+        let state = StateId::new(1, 2);
+        let unknown = || Error::from(S::StateNotFound(state.clone()));
+        let body = |error: Error| serde_json::to_value(error.body()).unwrap()["error"].clone();
+        let renamed = body(unknown().renamed(&[("session_id", "conversation"), ("state_id", "at")]));
+        assert_eq!((&renamed["param"], &renamed["code"]), (&"at".into(), &"state_not_found".into()));
+        assert_eq!(renamed["message"], body(unknown())["message"]);
+        assert_eq!(body(unknown().renamed(&[("messages", "input")]))["param"], "state_id");
+        let lost = S::TurnConflict { session: SessionId::parse("s").unwrap(), state: Some(state.clone()) };
+        let lost = Error::from(lost).renamed(&[("session_id", "conversation")]).into_response();
+        assert_eq!((lost.status().as_u16(), &lost.headers()["x-state-id"]), (409, &state.as_str().parse().unwrap()));
     }
 
     #[test]

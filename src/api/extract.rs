@@ -7,7 +7,11 @@ use axum::RequestPartsExt;
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::{HeaderMap, StatusCode, header, request::Parts};
-use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::value::Error as Never;
+use serde::de::{
+    Deserialize, DeserializeOwned, DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor,
+};
+use serde::forward_to_deserialize_any;
 use serde_json::Value;
 use std::sync::Arc;
 
@@ -57,8 +61,23 @@ impl JsonBody {
         Ok(value)
     }
 
+    /// Reads the fields that `T` knows; also returns the others.
+    pub fn split<T: DeserializeOwned>(&self) -> Result<(T, BTreeMap<String, Value>), Error> {
+        // First, because it refuses what is not an object.
+        let others = self.others(fields_of::<T>())?;
+        Ok((self.read()?, others))
+    }
+
+    /// Reads the fields that `A` or `B` know; also returns those that neither does.
+    pub fn split_both<A: DeserializeOwned, B: DeserializeOwned>(
+        &self,
+    ) -> Result<(A, B, BTreeMap<String, Value>), Error> {
+        let others = self.others(&[fields_of::<A>(), fields_of::<B>()].concat())?;
+        Ok((self.read()?, self.read()?, others))
+    }
+
     /// The fields that are not in `known`, with their values.
-    pub fn others(&self, known: &[&str]) -> Result<BTreeMap<String, Value>, Error> {
+    fn others(&self, known: &[&str]) -> Result<BTreeMap<String, Value>, Error> {
         let mut json = serde_json::Deserializer::from_slice(&self.0);
         Others { known }.deserialize(&mut json).map_err(|error| match error.is_data() {
             true => {
@@ -121,6 +140,39 @@ impl<'de> Visitor<'de> for Others<'_> {
     }
 }
 
+/// The names of the fields that `T`, a struct, reads.
+pub fn fields_of<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
+    let mut names: &'static [&'static str] = &[];
+    // It always fails: the point is what the derived code asks for on the way.
+    let _ = T::deserialize(FieldNames(&mut names));
+    names
+}
+
+struct FieldNames<'a>(&'a mut &'static [&'static str]);
+
+impl<'de> Deserializer<'de> for FieldNames<'_> {
+    type Error = Never;
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        fields: &'static [&'static str],
+        _: V,
+    ) -> Result<V::Value, Never> {
+        *self.0 = fields;
+        Err(Never::custom("only the names were wanted"))
+    }
+
+    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Never> {
+        Err(Never::custom("not a struct"))
+    }
+
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
+        newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+    }
+}
+
 /// The one variable of a route's path, percent-decoded.
 pub struct Name(pub String);
 
@@ -168,9 +220,8 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde::Deserialize;
 
-    #[derive(Debug, Deserialize)]
+    #[derive(Debug, serde::Deserialize)]
     struct Body {
         #[allow(dead_code)]
         count: Option<u32>,
@@ -233,5 +284,18 @@ mod tests {
             assert!(check(bad).is_err(), "{bad}");
         }
         assert!(check_content_type(&HeaderMap::new()).is_err());
+    }
+
+    #[test]
+    fn field_names_are_those_that_serde_reads() {
+        #[derive(serde::Deserialize)]
+        #[allow(dead_code)]
+        struct Two {
+            one: u8,
+            #[serde(rename = "deux")]
+            two: u8,
+        }
+        assert_eq!(fields_of::<Two>(), ["one", "deux"]);
+        assert!(fields_of::<String>().is_empty());
     }
 }

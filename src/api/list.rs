@@ -30,7 +30,7 @@ pub fn page(limit: Option<usize>, after: Option<String>) -> Result<Page, Error> 
     Ok(Page { limit, after })
 }
 
-/// One page of a list, oldest first.
+/// One page of a list.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct List<T> {
     /// `list`.

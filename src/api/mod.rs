@@ -88,6 +88,14 @@ impl App {
         Ok(self.sessions.model(model)?)
     }
 
+    /// The names of fields that nobody knows, which a strict server refuses.
+    fn ignored(&self, names: Vec<String>) -> Result<openai::Ignored, Error> {
+        if self.strict {
+            openai::refuse_unknown(&names)?;
+        }
+        Ok(openai::Ignored(names))
+    }
+
     fn rules<'a>(&'a self, card: &'a ModelCard) -> openai::Rules<'a> {
         openai::Rules { card, limits: &self.limits, strict: self.strict }
     }

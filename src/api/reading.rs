@@ -5,20 +5,19 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::HeaderValue;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{Conflicts, Refusals, Unavailable};
-use super::extract::JsonBody;
+use super::extract::{JsonBody, fields_of};
 use super::openai::reply::Usage;
-use super::openai::{
-    ChatMessage, Generation, Head, Prompts, STATE_ID, fields_of, ignored_header, message, refuse_unknown, sort_out, ttl,
-};
+use super::openai::{ChatMessage, Generation, Head, Prompts, STATE_ID, message, metadata, neutral, sort_out, ttl};
 use super::record::Record;
 use super::states::StateObject;
 use super::{App, Error};
-use crate::session::{Delivery, Input, Prompt, Start, Turn, check_metadata};
+use crate::session::{Delivery, Input, Prompt, Start, Turn};
 use crate::types::{Sampling, StateId};
 
 /// A text to read. Nothing is generated, so what steers a generation is refused.
@@ -52,16 +51,14 @@ pub struct ReadState {
 impl ReadRequest {
     /// Reads the body; also returns the names of fields that nobody knows.
     fn read(body: &JsonBody) -> Result<(Self, Vec<String>), Error> {
-        // First, because it refuses what is not an object.
-        let mut others = body.others(fields_of::<Self>())?;
+        let (request, mut others) = body.split::<Self>()?;
         for name in fields_of::<Generation>() {
-            if others.remove(*name).is_some_and(|value| !value.is_null()) {
+            if others.remove(*name).is_some_and(|value| !neutral(&value)) {
                 let hint = if *name == "state_ttl_s" { "; here it is called `ttl_s`" } else { "" };
                 let why = format!("`{name}` has no meaning where a text is only read{hint}");
                 return Err(Error::unsupported(*name, why));
             }
         }
-        let request: Self = body.read()?;
         let mut ignored = sort_out(others, 1)?;
         ignored.extend(message::ignored(request.messages.as_deref().unwrap_or_default()));
         Ok((request, ignored))
@@ -83,8 +80,6 @@ impl ReadRequest {
             let why = "`If-Match` is a condition on a session's head, and none is moved here";
             return Err(Error::invalid("if-match", why));
         }
-        let metadata = self.metadata.unwrap_or_default();
-        check_metadata(&metadata).map_err(|why| Error::invalid("metadata", why))?;
         Ok(Turn {
             response_id: format!("read-{:032x}", head.id),
             input: input(self.prompt, self.messages)?,
@@ -99,7 +94,7 @@ impl ReadRequest {
             store: true,
             initial_state: self.initial_state,
             idempotency_key: None,
-            metadata,
+            metadata: metadata(self.metadata)?,
             delivery: Delivery::default(),
         })
     }
@@ -148,22 +143,15 @@ pub async fn read_state(
     body: JsonBody,
 ) -> Result<Response, Error> {
     let (request, ignored) = ReadRequest::read(&body)?;
-    if app.strict {
-        refuse_unknown(&ignored)?;
-    }
+    let ignored = app.ignored(ignored)?;
     let tenant = head.caller.tenant.clone();
     let (running, receipt) = app.sessions.read(request.turn(head)?).await?;
     record.begins(&running.facts);
     let state = StateObject::from(app.sessions.state(&tenant, &receipt.id).await?);
-    let id = state.id.parse().expect("an id is made of ASCII letters and digits");
+    let id = HeaderValue::from_str(&state.id).expect("an id is made of ASCII letters and digits");
     let usage = Usage::new(running.facts.prompt_tokens, running.facts.cached_tokens.into(), 0);
-    let mut response = Json(ReadState { state, usage }).into_response();
-    response.headers_mut().insert(STATE_ID, id);
-    if let Some(list) = ignored_header(&ignored) {
-        response.headers_mut().insert(super::openai::IGNORED_PARAMS, list);
-    }
     record.ends();
-    Ok(response)
+    Ok(([(STATE_ID, id)], ignored, Json(ReadState { state, usage })).into_response())
 }
 
 #[cfg(test)]
@@ -196,7 +184,8 @@ mod tests {
         let (read, _) = turn(json!({"messages": [{"role": "assistant", "content": "b"}]})).unwrap();
         let message = Message { role: Role::Assistant, content: "b".into(), name: None };
         assert_eq!((read.input, read.start), (Input::Chat(vec![message]), Start::Fresh));
-        assert!(turn(json!({"prompt": [1, 2], "state_id": StateId::new(1, 2).to_string(), "n": null})).is_ok());
+        let neutral = json!({"prompt": [1, 2], "state_id": StateId::new(1, 2).to_string(), "n": null, "stream": false});
+        assert!(turn(neutral).is_ok());
     }
 
     #[test]
@@ -204,7 +193,7 @@ mod tests {
         for (name, value) in [
             ("max_tokens", json!(5)),
             ("temperature", json!(0)),
-            ("stream", json!(false)),
+            ("stream", json!(true)),
             ("session_id", json!("s")),
             ("store_state", json!(true)),
             ("state_ttl_s", json!(5)),

@@ -9,7 +9,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 
 use super::error::{Error, Failure};
-use crate::session::Cached;
+use crate::session::{Cached, Event};
 use crate::telemetry::{clock, metrics};
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -111,8 +111,18 @@ impl Record {
         });
     }
 
+    /// Something is on its way to the client.
+    pub fn heard(&self, event: &Event) {
+        match event {
+            Event::Text { choice, .. } => self.text(*choice),
+            Event::Done { completion_tokens, .. } => self.completed(*completion_tokens),
+            // The turn failed after its reply had begun.
+            Event::Failed(error) => self.facts().failure = Some(Error::from(error.clone()).failure()),
+        }
+    }
+
     /// A choice has more text.
-    pub fn text(&self, choice: usize) {
+    fn text(&self, choice: usize) {
         let now = clock::now();
         let mut facts = self.facts();
         let Some(turn) = &mut facts.turn else { return };
@@ -126,7 +136,7 @@ impl Record {
     }
 
     /// A choice is complete.
-    pub fn completed(&self, completion_tokens: u64) {
+    fn completed(&self, completion_tokens: u64) {
         if let Some(turn) = &mut self.facts().turn {
             turn.completion_tokens += completion_tokens;
         }
@@ -137,11 +147,6 @@ impl Record {
         if let Some(turn) = &mut self.facts().turn {
             turn.ended = true;
         }
-    }
-
-    /// The turn failed after its reply had begun.
-    pub fn fails(&self, error: &Error) {
-        self.facts().failure = Some(error.failure());
     }
 
     fn answered(&self, response: &Response) {

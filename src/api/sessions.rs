@@ -6,6 +6,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::http::HeaderMap;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -13,10 +14,11 @@ use super::error::Refusals;
 use super::extract::{JsonBody, Name, Query};
 use super::list::{Deleted, Identified, List, PageQuery, page};
 use super::openai::reply::Usage;
-use super::openai::{entity_tag, if_match, refuse_unknown};
+use super::openai::{if_match, refuse_unknown};
+use super::states::state_id;
 use super::{App, Caller, Error, ErrorBody};
 use crate::session::{At, Branching, Listing, SessionInfo, TurnInfo};
-use crate::types::{Message, Role, SessionId, StateId};
+use crate::types::{Message, Role, SessionId};
 
 /// A named conversation.
 #[derive(Debug, Serialize, ToSchema)]
@@ -140,7 +142,7 @@ impl Identified for SessionTurn {
     }
 }
 
-/// List sessions, oldest first.
+/// List sessions, by name.
 #[utoipa::path(
     get,
     path = "/v1/sessions",
@@ -221,7 +223,8 @@ pub async fn list_turns(
     Query(query): Query<TurnsQuery>,
 ) -> Result<Json<List<SessionTurn>>, Error> {
     let page = page(query.limit, query.after)?;
-    let listing = app.sessions.turns(&caller.tenant, &session_id(id)?, page).await?;
+    let listing = app.sessions.turns(&caller.tenant, &session_id(id)?, page).await;
+    let listing = listing.map_err(|error| Error::from(error).renamed(&[("state_id", "after")]))?;
     let data = listing.data.into_iter().map(|turn| SessionTurn::new(turn, query.token_ids)).collect();
     Ok(Json(List::new(Listing { data, has_more: listing.has_more })))
 }
@@ -256,9 +259,14 @@ impl Point {
     fn at(self) -> Result<At, Error> {
         match self {
             Self::Turn(number) => Ok(At::Number(number)),
-            Self::State(id) => StateId::parse(id.as_str()).map(At::State).map_err(|_| Error::UnknownState(id)),
+            Self::State(id) => state_id(id).map(At::State).map_err(blame_point),
         }
     }
+}
+
+/// A state that is not there stands in `at`.
+fn blame_point(error: impl Into<Error>) -> Error {
+    error.into().renamed(&[("state_id", "at")])
 }
 
 /// Begin another session where this one is, or was: at once, whatever its length. Nothing is computed again, and what both
@@ -286,12 +294,12 @@ pub async fn fork_session(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Json<Session>, Error> {
-    refuse_unknown(&body.others(&["to", "at"])?.into_keys().collect::<Vec<_>>())?;
-    let ForkRequest { to, at } = body.read()?;
+    let ForkRequest { to, at } = whole(&body)?;
     let to = to.ok_or_else(|| Error::invalid("to", "`to` must name the new session"))?;
     let to = SessionId::parse(to).map_err(|e| Error::invalid("to", e.to_string()))?;
-    let branching = Branching { at: at.map(Point::at).transpose()?, if_match: condition(&headers)? };
-    Ok(Json(app.sessions.fork(&caller.tenant, &session_id(id)?, &to, branching).await?.into()))
+    let branching = Branching { at: at.map(Point::at).transpose()?, if_match: if_match(&headers)? };
+    let forked = app.sessions.fork(&caller.tenant, &session_id(id)?, &to, branching).await;
+    Ok(Json(forked.map_err(blame_point)?.into()))
 }
 
 /// Move the head of a session to an earlier turn. The turns after it are no longer the session's, but their states stay
@@ -320,15 +328,18 @@ pub async fn rewind_session(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Json<Session>, Error> {
-    refuse_unknown(&body.others(&["at"])?.into_keys().collect::<Vec<_>>())?;
-    let RewindRequest { at } = body.read()?;
+    let RewindRequest { at } = whole(&body)?;
     let at = at.ok_or_else(|| Error::invalid("at", "`at` must be a turn's number or a state's id"))?;
-    let branching = Branching { at: Some(at.at()?), if_match: condition(&headers)? };
-    Ok(Json(app.sessions.rewind(&caller.tenant, &session_id(id)?, branching).await?.into()))
+    let branching = Branching { at: Some(at.at()?), if_match: if_match(&headers)? };
+    let rewound = app.sessions.rewind(&caller.tenant, &session_id(id)?, branching).await;
+    Ok(Json(rewound.map_err(blame_point)?.into()))
 }
 
-fn condition(headers: &HeaderMap) -> Result<Option<StateId>, Error> {
-    if_match(headers)?.as_deref().map(entity_tag).transpose()
+/// Reads a body of which every field must be understood: one that is not may have said where to go.
+fn whole<T: DeserializeOwned>(body: &JsonBody) -> Result<T, Error> {
+    let (request, others) = body.split()?;
+    refuse_unknown(&others.into_keys().collect::<Vec<_>>())?;
+    Ok(request)
 }
 
 /// What cannot be a session's name is unknown like any other.

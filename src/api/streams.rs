@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::State;
 use axum::http::HeaderMap;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -13,7 +13,7 @@ use super::extract::{Name, Query};
 use super::openai::chat::{ChatCompletion, ChatPiece};
 use super::openai::completions::TextCompletion;
 use super::openai::form::Form;
-use super::openai::reply::{Chunk, Chunks, Opening, Shape, events};
+use super::openai::reply::{Chunk, Chunks, Opening, events};
 use super::record::Record;
 use super::responses::Teller;
 use super::{App, Caller, Error, sse};
@@ -85,16 +85,18 @@ fn after(id: &str, headers: &HeaderMap, query: Option<u64>) -> Result<Option<u64
 pub fn resume(running: Running, record: Record, after: Option<u64>) -> Option<Response> {
     let form = Form::read(&running.facts.form)?;
     record.goes_on(&running);
+    let opening = Opening::new(&running.facts);
+    let facts = running.facts.clone();
+    let events = Box::pin(events(running));
     Some(match form {
-        Form::Chat { include_usage } => chunks::<ChatCompletion>(running, include_usage, record, after),
-        Form::Completion { include_usage } => chunks::<TextCompletion>(running, include_usage, record, after),
-        Form::Response(ask) => Teller::new(running.facts.clone(), *ask).stream(running, record, after),
+        Form::Chat { include_usage } => {
+            sse::reply(Chunks::<ChatCompletion>::new(opening, include_usage), events, record, after)
+        }
+        Form::Completion { include_usage } => {
+            sse::reply(Chunks::<TextCompletion>::new(opening, include_usage), events, record, after)
+        }
+        Form::Response(ask) => sse::reply(Teller::new(facts, *ask), events, record, after),
     })
-}
-
-fn chunks<S: Shape>(running: Running, include_usage: bool, record: Record, after: Option<u64>) -> Response {
-    let chunks = Chunks::<S>::new(Opening::new(&running.facts), include_usage);
-    sse::reply(chunks, Box::pin(events(running)), record, after).into_response()
 }
 
 #[cfg(test)]

@@ -248,6 +248,8 @@ async fn what_is_too_much_is_refused() {
         let reply = send(&client, path, format!("{}{}", valid(path), " ".repeat(limit - 1000))).await;
         assert_eq!(reply.status, 200, "white space is no fault, but for its length");
     }
+    let newer = with(json!({"messages": user("x")}), json!({"max_completion_tokens": 1_000_001}));
+    assert_eq!(client.post(CHAT, newer).await.error()["param"], "max_completion_tokens");
     let many = json!({"prompt": vec!["a"; 65]});
     assert_eq!(client.post(COMPLETIONS, many).await.error()["param"], "prompt");
     let ids = json!({"prompt": vec![5; PROMPT_TOKENS + 1]});

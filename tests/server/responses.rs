@@ -442,18 +442,45 @@ async fn wrong_requests_are_refused_by_name() {
         (json!({"input": [{"type": "function_call_output"}]}), 400, "input[0].type"),
         (json!({"input": "x", "model": "gpt"}), 404, "model"),
         (json!({"input": "x", "conversation": "conv_1"}), 404, "conversation"),
-        (json!({"input": "x", "previous_response_id": "resp_1"}), 404, "response_id"),
+        (json!({"input": "x", "previous_response_id": "resp_1"}), 404, "previous_response_id"),
     ] {
         let reply = client.post(RESPONSES, body.clone()).await;
         assert_eq!((reply.status, reply.error()["param"].as_str()), (status, Some(param)), "{body}");
     }
     for (path, body, param) in [
         ("/v1/conversations", json!({"items": [{"role": "robot", "content": "x"}]}), "items[0].role"),
-        ("/v1/conversations", json!({"odd": 1}), "odd"),
         ("/v1/conversations", json!({"metadata": {"a": 1}}), "metadata.a"),
     ] {
         let reply = client.post(path, body.clone()).await;
         assert_eq!((reply.status, reply.error()["param"].as_str()), (400, Some(param)), "{body}");
+    }
+    let conversation = client.ok("/v1/conversations", json!({"metadata": {"topic": "cats"}, "odd": 1})).await;
+    assert_eq!(conversation.header("x-ignored-params"), Some("odd"));
+    let path = format!("/v1/conversations/{}", id(&conversation.json()));
+    let items = json!({"items": [{"role": "user", "content": "x", "mood": 1}]});
+    let added = client.ok(&format!("{path}/items"), items).await;
+    assert_eq!(added.header("x-ignored-params"), Some("items[].mood"));
+    assert_eq!(client.get(&format!("{path}/items?after=x")).await.error()["param"], "after");
+    assert_eq!(client.post(&path, json!({})).await.error()["param"], "metadata");
+    assert_eq!(client.get(&path).await.json()["metadata"], json!({"topic": "cats"}));
+    let tag = format!("\"st_{}\"", "0".repeat(44));
+    let conditional = client.post_with(RESPONSES, &[("if-match", &tag)], json!({"input": "x"})).await;
+    assert_eq!((conditional.status, conditional.error()["param"].as_str()), (400, Some("if-match")));
+}
+
+#[tokio::test]
+async fn a_strict_server_refuses_what_nobody_knows() {
+    let mut config = config();
+    config.server.strict = true;
+    let client = Server::with(&config, Arc::new(InMemory::default())).client();
+    for (path, body, param) in [
+        ("/v1/conversations", json!({"odd": 1}), "odd"),
+        ("/v1/conversations", json!({"items": [{"role": "user", "content": "x", "mood": 1}]}), "items[].mood"),
+        (RESPONSES, json!({"input": "x", "odd": 1}), "odd"),
+        ("/v1/states", json!({"prompt": "x", "odd": 1}), "odd"),
+    ] {
+        let reply = client.post(path, body.clone()).await;
+        assert_eq!((reply.code().as_str(), reply.error()["param"].as_str()), ("unknown_parameter", Some(param)));
     }
 }
 

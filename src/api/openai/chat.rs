@@ -8,9 +8,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::form::Form;
-use super::generation::{Generation, Head, Order, Part, Rules, some_tokens};
+use super::generation::{Generation, Order, Part, Rules, some_tokens};
+use super::head::Head;
 use super::message::{self, ChatMessage};
-use super::parameters::{fields_of, sort_out};
+use super::parameters::sort_out;
 use super::reply::{self, Chunk, FinishReason, Kept, Reply, Shape};
 use crate::api::error::{Conflicts, Refusals, Unavailable};
 use crate::api::extract::JsonBody;
@@ -48,22 +49,15 @@ pub struct ChatFields {
 impl ChatRequest {
     /// Reads the body; also returns the names of fields that nobody knows.
     pub fn read(body: &JsonBody) -> Result<(Self, Vec<String>), Error> {
-        // First, because it refuses what is not an object.
-        let known = [fields_of::<Generation>(), fields_of::<ChatFields>()].concat();
-        let others = body.others(&known)?;
-        let request = Self { generation: body.read()?, own: body.read()? };
-        let mut ignored = sort_out(others, request.generation.choices())?;
-        ignored.extend(message::ignored(request.own.messages.as_deref().unwrap_or_default()));
-        Ok((request, ignored))
+        let (generation, own, others) = body.split_both::<Generation, ChatFields>()?;
+        let mut ignored = sort_out(others, generation.choices())?;
+        ignored.extend(message::ignored(own.messages.as_deref().unwrap_or_default()));
+        Ok((Self { generation, own }, ignored))
     }
 
     /// Checks the request and makes an order of it.
     pub fn order(self, ignored: Vec<String>, head: Head, rules: Rules) -> Result<Order, Error> {
-        let sent = self.own.messages.ok_or_else(|| Error::Invalid {
-            param: Some("messages".into()),
-            code: "missing_required_parameter",
-            message: "`messages` is missing".into(),
-        })?;
+        let sent = self.own.messages.ok_or_else(|| Error::missing("messages"))?;
         let messages = message::messages(sent)?;
         if messages.is_empty() && !self.generation.resumes() {
             let message = "`messages` may be empty only with `state_id` or `session_id`";
@@ -196,8 +190,10 @@ pub async fn chat_completions(
 ) -> Result<Response, Error> {
     let (request, ignored) = ChatRequest::read(&body)?;
     let card = app.card(request.generation.model.as_deref())?;
+    let newer = request.own.max_completion_tokens.is_some();
     let order = request.order(ignored, head, app.rules(&card))?;
-    reply::respond::<ChatCompletion>(&app, order, record).await
+    let names: &[_] = if newer { &[("max_tokens", "max_completion_tokens")] } else { &[] };
+    reply::respond::<ChatCompletion>(&app, order, record).await.map_err(|error| error.renamed(names))
 }
 
 #[cfg(test)]

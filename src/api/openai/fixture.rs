@@ -1,6 +1,7 @@
 //! A model, a caller and limits for the tests of this folder.
 
-use super::generation::{Head, Rules};
+use super::generation::Rules;
+use super::head::Head;
 use crate::api::{ApiLimits, Caller, Error};
 use crate::session::ModelCard;
 use crate::types::{Sampling, Tenant};

@@ -1,19 +1,17 @@
 //! The fields that both generating endpoints share, and their way into a [`Turn`].
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use axum::extract::FromRequestParts;
-use axum::http::{HeaderMap, header, request::Parts};
 use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor, value::SeqAccessDeserializer};
+use serde::de::IgnoredAny;
 use utoipa::ToSchema;
 
+use super::head::Head;
 use super::parameters::refuse_unknown;
-use crate::api::{ApiLimits, App, Caller, Error};
-use crate::session::{Delivery, Input, ModelCard, Start, Turn};
-use crate::telemetry::clock;
-use crate::types::{Sampling, SessionId, StateId};
+use super::sampling::{Seed, Stop};
+use crate::api::{ApiLimits, Error};
+use crate::session::{Delivery, Input, ModelCard, Start, Turn, check_metadata};
+use crate::types::{SessionId, StateId};
 
 /// A hundred years: longer is the same as for ever, and sums of times cannot overflow.
 const LONGEST_TTL_S: u64 = 100 * 365 * 24 * 3600;
@@ -97,100 +95,6 @@ pub struct StreamOptions {
     others: BTreeMap<String, IgnoredAny>,
 }
 
-/// A seed: any integer of 64 bits. A negative one is as good as its two's complement.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Seed(pub u64);
-
-impl<'de> Deserialize<'de> for Seed {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Integer;
-        impl Visitor<'_> for Integer {
-            type Value = u64;
-            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-                f.write_str("an integer of 64 bits")
-            }
-            fn visit_i64<E: serde::de::Error>(self, seed: i64) -> Result<u64, E> {
-                Ok(seed as u64)
-            }
-            fn visit_u64<E: serde::de::Error>(self, seed: u64) -> Result<u64, E> {
-                Ok(seed)
-            }
-        }
-        deserializer.deserialize_any(Integer).map(Self)
-    }
-}
-
-/// One stop string or several.
-#[derive(Clone, Debug, PartialEq, ToSchema)]
-#[schema(value_type = StopSchema)]
-pub struct Stop(pub Vec<String>);
-
-/// One stop string or several.
-#[derive(ToSchema)]
-#[serde(untagged)]
-#[allow(dead_code, reason = "only its schema is used")]
-pub enum StopSchema {
-    One(String),
-    Several(Vec<String>),
-}
-
-impl<'de> Deserialize<'de> for Stop {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct OneOrSeveral;
-        impl<'de> Visitor<'de> for OneOrSeveral {
-            type Value = Vec<String>;
-            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-                f.write_str("a string or a list of strings")
-            }
-            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self::Value, E> {
-                Ok(vec![text.into()])
-            }
-            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Self::Value, A::Error> {
-                Vec::deserialize(SeqAccessDeserializer::new(seq))
-            }
-        }
-        deserializer.deserialize_any(OneOrSeveral).map(Self)
-    }
-}
-
-/// What a turn takes from a request besides its body.
-#[derive(Clone, Debug)]
-pub struct Head {
-    pub caller: Caller,
-    pub if_match: Option<String>,
-    pub idempotency_key: Option<String>,
-    /// Randomness for the response id.
-    pub id: u128,
-    /// The seed of a request that brings none.
-    pub seed: u64,
-}
-
-impl FromRequestParts<Arc<App>> for Head {
-    type Rejection = Error;
-
-    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Error> {
-        Ok(Self {
-            caller: Caller::from_request_parts(parts, app).await?,
-            if_match: if_match(&parts.headers)?,
-            idempotency_key: text_header(&parts.headers, "idempotency-key")?,
-            id: clock::random_u128(),
-            seed: clock::random_u64(),
-        })
-    }
-}
-
-/// The condition of a request on a session's head, still as it was sent.
-pub fn if_match(headers: &HeaderMap) -> Result<Option<String>, Error> {
-    text_header(headers, header::IF_MATCH.as_str())
-}
-
-fn text_header(headers: &HeaderMap, name: &str) -> Result<Option<String>, Error> {
-    let refuse = || Error::invalid(name, format!("the header `{name}` must be 1 to 255 visible ASCII characters"));
-    let Some(value) = headers.get(name) else { return Ok(None) };
-    let text = value.to_str().map_err(|_| refuse())?;
-    if (1..=255).contains(&text.len()) { Ok(Some(text.into())) } else { Err(refuse()) }
-}
-
 /// A request that passed every check: what to run and how to answer.
 #[derive(Clone, Debug)]
 pub struct Order {
@@ -270,7 +174,7 @@ impl Generation {
             sampling: self.sampling(rules.card, head.seed)?,
             stop: self.stop(limits)?,
             ttl_s: self.ttl(store)?,
-            metadata: self.metadata()?,
+            metadata: metadata(self.metadata)?,
             initial_state: self.initial_state,
             tenant: head.caller.tenant,
             model: self.model,
@@ -297,8 +201,7 @@ impl Generation {
     }
 
     fn start(&self, head: &Head, prompts: usize) -> Result<Start, Error> {
-        let if_match = head.if_match.as_deref();
-        if if_match.is_some() && self.session_id.is_none() {
+        if head.if_match.is_some() && self.session_id.is_none() {
             return Err(Error::invalid("if-match", "`If-Match` is a condition on a session's head; give `session_id`"));
         }
         if self.state_id.is_some() && self.initial_state.is_some() {
@@ -324,7 +227,7 @@ impl Generation {
                 if self.choices() > 1 {
                     return Err(Error::invalid("session_id", "a session takes one answer a turn: `n` must be 1"));
                 }
-                Ok(Start::Session { id, if_match: if_match.map(entity_tag).transpose()? })
+                Ok(Start::Session { id, if_match: head.if_match.clone() })
             }
         }
     }
@@ -344,18 +247,6 @@ impl Generation {
         }
     }
 
-    /// The metadata, within OpenAI's limits.
-    fn metadata(&self) -> Result<BTreeMap<String, String>, Error> {
-        let pairs = self.metadata.clone().unwrap_or_default();
-        let fits =
-            |(key, value): (&String, &String)| (1..=64).contains(&key.chars().count()) && value.chars().count() <= 512;
-        if pairs.len() > 16 || !pairs.iter().all(fits) {
-            let rule = "`metadata` may have 16 pairs; a key has 1 to 64 characters, its value at most 512";
-            return Err(Error::invalid("metadata", rule));
-        }
-        Ok(pairs)
-    }
-
     fn stop(&self, limits: &ApiLimits) -> Result<Vec<String>, Error> {
         let stop = self.stop.clone().map(|stop| stop.0).unwrap_or_default();
         if stop.len() > limits.stop_strings {
@@ -370,45 +261,6 @@ impl Generation {
         }
         Ok(stop)
     }
-
-    fn sampling(&self, card: &ModelCard, fresh_seed: u64) -> Result<Sampling, Error> {
-        let default = &card.sampling;
-        let top_k = match self.top_k {
-            None => default.top_k,
-            Some(-1) => 0,
-            Some(k) => {
-                usize::try_from(k).map_err(|_| Error::invalid("top_k", "`top_k` must be 0, -1 (both: all) or more"))?
-            }
-        };
-        if self.repetition_penalty.is_some_and(|penalty| penalty <= 0.0) {
-            return Err(Error::invalid("repetition_penalty", "`repetition_penalty` must be greater than 0"));
-        }
-        Ok(Sampling {
-            temperature: within("temperature", self.temperature, 0.0..=2.0, default.temperature)?,
-            top_p: within("top_p", self.top_p, 0.0..=1.0, default.top_p)?,
-            top_k,
-            min_p: within("min_p", self.min_p, 0.0..=1.0, default.min_p)?,
-            presence_penalty: within("presence_penalty", self.presence_penalty, -2.0..=2.0, default.presence_penalty)?,
-            frequency_penalty: within(
-                "frequency_penalty",
-                self.frequency_penalty,
-                -2.0..=2.0,
-                default.frequency_penalty,
-            )?,
-            repetition_penalty: within(
-                "repetition_penalty",
-                self.repetition_penalty,
-                f64::from(f32::MIN_POSITIVE)..=10.0,
-                default.repetition_penalty,
-            )?,
-            penalty_decay: within("penalty_decay", self.penalty_decay, 0.0..=1.0, default.penalty_decay)?,
-            logit_bias: match &self.logit_bias {
-                None => default.logit_bias.clone(),
-                Some(bias) => logit_bias(bias, card.vocabulary)?,
-            },
-            seed: self.seed.map_or(fresh_seed, |seed| seed.0),
-        })
-    }
 }
 
 /// Refuses a time to live that is none, or longer than any.
@@ -421,53 +273,17 @@ pub fn ttl(name: &'static str, seconds: Option<u64>) -> Result<Option<u64>, Erro
     }
 }
 
+/// Refuses metadata beyond OpenAI's limits.
+pub fn metadata(given: Option<BTreeMap<String, String>>) -> Result<BTreeMap<String, String>, Error> {
+    let pairs = given.unwrap_or_default();
+    check_metadata(&pairs).map_err(|why| Error::invalid("metadata", why))?;
+    Ok(pairs)
+}
+
 /// Refuses a token limit that leaves nothing to answer.
 pub fn some_tokens(name: &'static str, limit: Option<u64>) -> Result<Option<u64>, Error> {
     match limit {
         Some(0) => Err(Error::unsupported(name, format!("`{name}` must be at least 1: 0 leaves nothing to answer"))),
         limit => Ok(limit),
     }
-}
-
-fn within(
-    name: &'static str,
-    value: Option<f64>,
-    range: std::ops::RangeInclusive<f64>,
-    default: f32,
-) -> Result<f32, Error> {
-    match value {
-        None => Ok(default),
-        Some(value) if range.contains(&value) => Ok(value as f32),
-        Some(value) => {
-            let (low, high) = (range.start(), range.end());
-            Err(Error::invalid(name, format!("`{name}` must be from {low} to {high}, not {value}")))
-        }
-    }
-}
-
-fn logit_bias(bias: &BTreeMap<String, f64>, vocabulary: usize) -> Result<Vec<(u32, f32)>, Error> {
-    let mut pairs = Vec::with_capacity(bias.len());
-    for (key, &value) in bias {
-        let refuse = |what: &str| Error::invalid(format!("logit_bias.{key}"), format!("`logit_bias`: {what}"));
-        // Only the plain spelling: "7" and "07" must not be two entries for one token.
-        let id = key.parse::<u32>().ok().filter(|id| id.to_string() == *key);
-        let id = id.ok_or_else(|| refuse("keys are token ids, such as \"42\""))?;
-        if id as usize >= vocabulary {
-            return Err(refuse(&format!("token ids are below {vocabulary}")));
-        }
-        if !(-100.0..=100.0).contains(&value) {
-            return Err(refuse("values are from -100 to 100"));
-        }
-        pairs.push((id, value as f32));
-    }
-    pairs.sort_unstable_by_key(|&(id, _)| id);
-    Ok(pairs)
-}
-
-/// The state id in `If-Match: "st_…"`.
-pub fn entity_tag(tag: &str) -> Result<StateId, Error> {
-    let quoted = tag.trim().strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
-    quoted
-        .and_then(|id| StateId::parse(id).ok())
-        .ok_or_else(|| Error::invalid("if-match", "`If-Match` must be one state id in double quotes"))
 }

@@ -6,14 +6,18 @@ pub mod completions;
 pub mod fixture;
 pub mod form;
 pub mod generation;
+pub mod head;
 pub mod message;
 pub mod parameters;
+pub mod prompts;
 pub mod reply;
+pub mod sampling;
 #[cfg(test)]
 mod stream_tests;
 
-pub use completions::Prompts;
-pub use generation::{Generation, Head, Rules, entity_tag, if_match, ttl};
+pub use generation::{Generation, Rules, metadata, ttl};
+pub use head::{Head, if_match};
 pub use message::ChatMessage;
-pub use parameters::{IGNORED_PARAMS, fields_of, ignored_header, refuse_unknown, sort_out};
+pub use parameters::{IGNORED_PARAMS, Ignored, neutral, refuse_unknown, sort_out};
+pub use prompts::Prompts;
 pub use reply::STATE_ID;

@@ -3,11 +3,10 @@
 //! The rule of the contract: honour a parameter, or refuse it by name; never ignore it silently.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 
 use axum::http::HeaderValue;
-use serde::de::value::Error as NameError;
-use serde::de::{Deserialize, Deserializer, Error as _, Visitor};
-use serde::forward_to_deserialize_any;
+use axum::response::{IntoResponseParts, ResponseParts};
 use serde_json::{Value, json};
 
 use crate::api::Error;
@@ -58,7 +57,7 @@ fn never(_: &Value) -> bool {
 }
 
 /// Values that ask for nothing, whatever the parameter.
-fn neutral(value: &Value) -> bool {
+pub fn neutral(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::Bool(on) => !on,
@@ -102,8 +101,23 @@ pub fn refuse_unknown(unknown: &[String]) -> Result<(), Error> {
     }
 }
 
+/// The names of fields that nobody knows, as a part of the reply: the header that lists them.
+#[derive(Debug, Default)]
+pub struct Ignored(pub Vec<String>);
+
+impl IntoResponseParts for Ignored {
+    type Error = Infallible;
+
+    fn into_response_parts(self, mut parts: ResponseParts) -> Result<ResponseParts, Infallible> {
+        if let Some(list) = ignored_header(&self.0) {
+            parts.headers_mut().insert(IGNORED_PARAMS, list);
+        }
+        Ok(parts)
+    }
+}
+
 /// The names as a header value, or `None` when there are none. Other than visible ASCII is escaped.
-pub fn ignored_header(unknown: &[String]) -> Option<HeaderValue> {
+fn ignored_header(unknown: &[String]) -> Option<HeaderValue> {
     let mut list = String::new();
     for name in unknown {
         let name = name.escape_default().to_string();
@@ -117,39 +131,6 @@ pub fn ignored_header(unknown: &[String]) -> Option<HeaderValue> {
         list.push_str(&name);
     }
     if list.is_empty() { None } else { HeaderValue::from_str(&list).ok() }
-}
-
-/// The names of the fields that `T`, a struct, reads.
-pub fn fields_of<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
-    let mut names: &'static [&'static str] = &[];
-    // It always fails: the point is what the derived code asks for on the way.
-    let _ = T::deserialize(Names(&mut names));
-    names
-}
-
-struct Names<'a>(&'a mut &'static [&'static str]);
-
-impl<'de> Deserializer<'de> for Names<'_> {
-    type Error = NameError;
-
-    fn deserialize_struct<V: Visitor<'de>>(
-        self,
-        _: &'static str,
-        fields: &'static [&'static str],
-        _: V,
-    ) -> Result<V::Value, NameError> {
-        *self.0 = fields;
-        Err(NameError::custom("only the names were wanted"))
-    }
-
-    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, NameError> {
-        Err(NameError::custom("not a struct"))
-    }
-
-    forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
-        newtype_struct seq tuple tuple_struct map enum identifier ignored_any
-    }
 }
 
 #[cfg(test)]
@@ -233,18 +214,5 @@ mod tests {
         assert_eq!(ignored_header(&["a".into(), "b\r\nx: ü".into()]).unwrap(), r"a, b\r\nx: \u{fc}");
         let many = ignored_header(&vec!["x".repeat(100); 100]).unwrap();
         assert!(many.len() <= LONGEST_HEADER + 5 && many.to_str().unwrap().ends_with("..."));
-    }
-
-    #[test]
-    fn field_names_are_those_that_serde_reads() {
-        #[derive(serde::Deserialize)]
-        #[allow(dead_code)]
-        struct Two {
-            one: u8,
-            #[serde(rename = "deux")]
-            two: u8,
-        }
-        assert_eq!(fields_of::<Two>(), ["one", "deux"]);
-        assert!(fields_of::<String>().is_empty());
     }
 }

@@ -11,10 +11,11 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::generation::Order;
-use super::parameters::{IGNORED_PARAMS, ignored_header};
+use super::parameters::Ignored;
 use crate::api::record::Record;
+use crate::api::sse::{Said, Script};
 use crate::api::{App, Error, sse};
-use crate::session::{self, Cached, Event, Facts, Running, StateError, StateReceipt};
+use crate::session::{self, Cached, Event, Facts, Running, Start, StateError, StateReceipt};
 use crate::types::Finish;
 
 pub const STATE_ID: HeaderName = HeaderName::from_static("x-state-id");
@@ -231,11 +232,12 @@ fn system_fingerprint(weights: &str) -> String {
 
 /// Runs an order and answers it, at once or as a stream. Dropping the future, or the stream, cancels the turn.
 pub async fn respond<S: Shape>(app: &Arc<App>, order: Order, record: Record) -> Result<Response, Error> {
-    let running = app.sessions.start(order.turn).await?;
+    let names = own_names(&order.turn.start);
+    let running = app.sessions.start(order.turn).await.map_err(|error| Error::from(error).renamed(names))?;
     record.begins(&running.facts);
     let opening = Opening::new(&running.facts);
     let events = Box::pin(events(running));
-    let mut response = match order.stream {
+    let response = match order.stream {
         Some(options) => {
             let chunks = Chunks::<S>::new(opening, options.include_usage.unwrap_or(false));
             sse::reply(chunks, events, record, None)
@@ -247,10 +249,12 @@ pub async fn respond<S: Shape>(app: &Arc<App>, order: Order, record: Record) -> 
             response
         }
     };
-    if let Some(list) = ignored_header(&order.ignored) {
-        response.headers_mut().insert(IGNORED_PARAMS, list);
-    }
-    Ok(response)
+    Ok((Ignored(order.ignored), response).into_response())
+}
+
+/// What a turn that begins in a session calls the state it begins from.
+fn own_names(start: &Start) -> &'static [(&'static str, &'static str)] {
+    if let Start::Session { .. } = start { &[("state_id", "session_id")] } else { &[] }
 }
 
 /// The events of a turn; dropping the stream is to stop listening.
@@ -259,8 +263,8 @@ pub fn events(running: Running) -> impl Stream<Item = Event> + Send {
 }
 
 /// What an engine that stops without a word is reported as.
-pub fn broken_off() -> Error {
-    session::Error::Engine("the events ended before the answer was complete".into()).into()
+pub fn broken_off() -> session::Error {
+    session::Error::Engine("the events ended before the answer was complete".into())
 }
 
 /// A choice when everything of it is there.
@@ -282,13 +286,11 @@ pub(super) async fn collect(
     let mut answers: Vec<Option<Answer>> = Vec::new();
     answers.resize_with(choices, || None);
     while answers.iter().any(Option::is_none) {
-        match events.next().await.ok_or_else(broken_off)? {
-            Event::Text { choice, text } => {
-                record.text(choice);
-                texts[choice].push_str(&text);
-            }
+        let event = events.next().await.ok_or_else(broken_off)?;
+        record.heard(&event);
+        match event {
+            Event::Text { choice, text } => texts[choice].push_str(&text),
             Event::Done { choice, finish, completion_tokens, stored } => {
-                record.completed(completion_tokens);
                 let text = std::mem::take(&mut texts[choice]);
                 answers[choice] = Some(Answer { text, finish, completion_tokens, kept: stored.into() });
             }
@@ -327,7 +329,7 @@ pub struct Chunks<S> {
     opening: Opening,
     include_usage: bool,
     completion_tokens: u64,
-    /// Choices not complete yet.
+    /// Choices not complete yet; none is after a failure.
     open: usize,
     shape: PhantomData<fn() -> S>,
 }
@@ -337,39 +339,15 @@ impl<S: Shape> Chunks<S> {
         Self { open: opening.choices, opening, include_usage, completion_tokens: 0, shape: PhantomData }
     }
 
-    pub fn response_id(&self) -> &str {
-        &self.opening.heading.id
-    }
-
-    /// What comes before all text.
-    pub fn first(&self) -> Vec<Chunk<S::Piece>> {
-        (0..self.opening.choices).filter_map(S::opening).map(|piece| self.chunk(piece, Kept::default())).collect()
-    }
-
-    pub fn text(&self, choice: usize, text: String) -> Chunk<S::Piece> {
-        self.chunk(S::piece(choice, text), Kept::default())
-    }
-
-    pub fn done(&mut self, choice: usize, finish: Finish, completion_tokens: u64, kept: Kept) -> Chunk<S::Piece> {
-        self.open = self.open.saturating_sub(1);
-        self.completion_tokens += completion_tokens;
-        let on_top = if self.opening.choices == 1 { kept.clone() } else { Kept::default() };
-        self.chunk(S::last(choice, finish, kept), on_top)
-    }
-
-    /// Whether every choice is complete.
-    pub fn complete(&self) -> bool {
-        self.open == 0
-    }
-
     /// What comes after all choices, when it was asked for.
-    pub fn usage(&self) -> Option<Chunk<S::Piece>> {
+    fn usage(&self) -> Option<Said> {
         let usage = Usage::new(self.opening.prompt_tokens, self.opening.cached_tokens.get(), self.completion_tokens);
-        self.include_usage.then(|| Chunk { usage: Some(Some(usage)), ..self.envelope(Vec::new(), Kept::default()) })
+        let chunk = Chunk { usage: Some(Some(usage)), ..self.envelope(Vec::new(), Kept::default()) };
+        self.include_usage.then(|| Said::new(&chunk))
     }
 
-    fn chunk(&self, piece: S::Piece, kept: Kept) -> Chunk<S::Piece> {
-        self.envelope(vec![piece], kept)
+    fn chunk(&self, piece: S::Piece, kept: Kept) -> Said {
+        Said::new(&self.envelope(vec![piece], kept))
     }
 
     fn envelope(&self, choices: Vec<S::Piece>, kept: Kept) -> Chunk<S::Piece> {
@@ -381,5 +359,41 @@ impl<S: Shape> Chunks<S> {
             service_tier: S::SERVICE_TIER,
             kept,
         }
+    }
+}
+
+impl<S: Shape> Script for Chunks<S> {
+    fn response_id(&self) -> &str {
+        &self.opening.heading.id
+    }
+
+    fn opening(&mut self) -> Vec<Said> {
+        (0..self.opening.choices).filter_map(S::opening).map(|piece| self.chunk(piece, Kept::default())).collect()
+    }
+
+    fn tell(&mut self, event: Event) -> Vec<Said> {
+        match event {
+            Event::Text { choice, text } => vec![self.chunk(S::piece(choice, text), Kept::default())],
+            Event::Done { choice, finish, completion_tokens, stored } => {
+                self.open = self.open.saturating_sub(1);
+                self.completion_tokens += completion_tokens;
+                let kept = Kept::from(stored);
+                let on_top = if self.opening.choices == 1 { kept.clone() } else { Kept::default() };
+                let mut said = vec![self.chunk(S::last(choice, finish, kept), on_top)];
+                if self.ended() {
+                    said.extend(self.usage());
+                    said.push(Said { name: None, data: "[DONE]".into() });
+                }
+                said
+            }
+            Event::Failed(error) => {
+                self.open = 0;
+                vec![Said::new(&Error::from(error).body())]
+            }
+        }
+    }
+
+    fn ended(&self) -> bool {
+        self.open == 0
     }
 }

@@ -5,16 +5,17 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::item::{self, Given, GivenItem};
-use super::request::metadata;
 use super::{Item, ItemsQuery, items};
 use crate::api::error::Refusals;
 use crate::api::extract::{JsonBody, Name, Names, Query};
 use crate::api::list::{Deleted, List};
+use crate::api::openai::{Ignored, metadata};
 use crate::api::{App, Caller, Error};
 use crate::session::{Conversation, Listing, StoredItem};
 use crate::telemetry::clock;
@@ -41,38 +42,47 @@ impl ConversationObject {
     }
 }
 
-/// What a conversation begins with, or what is added to it.
+/// What a conversation begins with.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct ConversationRequest {
     /// Messages, at most 20.
     #[schema(value_type = Option<Vec<GivenItem>>)]
-    pub items: Option<Vec<Value>>,
+    items: Option<Vec<Value>>,
     /// At most 16 pairs; names of 64 and values of 512 characters.
-    pub metadata: Option<BTreeMap<String, String>>,
+    metadata: Option<BTreeMap<String, String>>,
 }
 
-impl ConversationRequest {
-    /// Reads a body of which only the fields in `wanted` are allowed.
-    fn read(body: &JsonBody, wanted: &[&str]) -> Result<Self, Error> {
-        if let Some(name) = body.others(wanted)?.into_keys().next() {
-            let message = format!("unknown parameter `{name}`");
-            return Err(Error::Invalid { param: Some(name), code: "unknown_parameter", message });
-        }
-        body.read()
-    }
+/// What is known of a conversation from now on.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub struct MetadataRequest {
+    /// At most 16 pairs; names of 64 and values of 512 characters.
+    #[schema(required = true)]
+    metadata: Option<BTreeMap<String, String>>,
+}
 
-    fn items(&self) -> Result<Vec<StoredItem>, Error> {
-        let given = self.items.clone().unwrap_or_default();
-        if given.len() > MOST_ITEMS {
-            return Err(Error::invalid("items", format!("{} items are more than {MOST_ITEMS}", given.len())));
-        }
-        let prefix = format!("msg_{:032x}", clock::random_u128());
-        let (items, unread) = item::read(Given::Items(given), "items", &prefix)?;
-        match unread.first() {
-            None => Ok(items),
-            Some(name) => Err(Error::invalid("items", format!("unknown field `{name}`"))),
-        }
+/// What is added to a conversation.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub struct ItemsRequest {
+    /// Messages, 1 to 20.
+    #[schema(value_type = Vec<GivenItem>, required = true)]
+    items: Option<Vec<Value>>,
+}
+
+/// Reads a body; also returns the names of fields that nobody knows.
+fn read<T: DeserializeOwned>(body: &JsonBody) -> Result<(T, Vec<String>), Error> {
+    let (request, others) = body.split()?;
+    Ok((request, others.into_keys().collect()))
+}
+
+/// Checks the items that are given and adds the names of their fields that nobody knows to `ignored`.
+fn read_items(given: Vec<Value>, ignored: &mut Vec<String>) -> Result<Vec<StoredItem>, Error> {
+    if given.len() > MOST_ITEMS {
+        return Err(Error::invalid("items", format!("{} items are more than {MOST_ITEMS}", given.len())));
     }
+    let prefix = format!("msg_{:032x}", clock::random_u128());
+    let (items, unread) = item::read(Given::Items(given), "items", &prefix)?;
+    ignored.extend(unread);
+    Ok(items)
 }
 
 /// Begin a conversation.
@@ -87,12 +97,12 @@ pub async fn create_conversation(
     State(app): State<Arc<App>>,
     caller: Caller,
     body: JsonBody,
-) -> Result<Json<ConversationObject>, Error> {
-    let request = ConversationRequest::read(&body, &["items", "metadata"])?;
-    let items = request.items()?;
-    let (id, conversation) =
-        app.sessions.create_conversation(&caller.tenant, metadata(request.metadata)?, items).await?;
-    Ok(Json(ConversationObject::new(id, conversation)))
+) -> Result<(Ignored, Json<ConversationObject>), Error> {
+    let (ConversationRequest { items, metadata: pairs }, mut ignored) = read(&body)?;
+    let items = read_items(items.unwrap_or_default(), &mut ignored)?;
+    let (pairs, ignored) = (metadata(pairs)?, app.ignored(ignored)?);
+    let (id, conversation) = app.sessions.create_conversation(&caller.tenant, pairs, items).await?;
+    Ok((ignored, Json(ConversationObject::new(id, conversation))))
 }
 
 /// Show a conversation.
@@ -118,7 +128,7 @@ pub async fn show_conversation(
     path = "/v1/conversations/{conversation_id}",
     tag = "responses",
     params(("conversation_id" = String, Path, description = "Id of a conversation")),
-    request_body = ConversationRequest,
+    request_body = MetadataRequest,
     responses((status = 200, description = "The conversation", body = ConversationObject), Refusals),
 )]
 pub async fn update_conversation(
@@ -126,10 +136,14 @@ pub async fn update_conversation(
     caller: Caller,
     Name(id): Name,
     body: JsonBody,
-) -> Result<Json<ConversationObject>, Error> {
-    let request = ConversationRequest::read(&body, &["metadata"])?;
-    let conversation = app.sessions.set_metadata(&caller.tenant, &id, metadata(request.metadata)?).await?;
-    Ok(Json(ConversationObject::new(id, conversation)))
+) -> Result<(Ignored, Json<ConversationObject>), Error> {
+    let (MetadataRequest { metadata: pairs }, ignored) = read(&body)?;
+    if pairs.is_none() {
+        return Err(Error::missing("metadata"));
+    }
+    let (pairs, ignored) = (metadata(pairs)?, app.ignored(ignored)?);
+    let conversation = app.sessions.set_metadata(&caller.tenant, &id, pairs).await?;
+    Ok((ignored, Json(ConversationObject::new(id, conversation))))
 }
 
 /// Delete a conversation with its session. Refused with 409 while it runs a turn.
@@ -173,7 +187,7 @@ pub async fn list_items(
     path = "/v1/conversations/{conversation_id}/items",
     tag = "responses",
     params(("conversation_id" = String, Path, description = "Id of a conversation")),
-    request_body = ConversationRequest,
+    request_body = ItemsRequest,
     responses((status = 200, description = "What was added", body = List<Item>), Refusals),
 )]
 pub async fn create_items(
@@ -181,13 +195,15 @@ pub async fn create_items(
     caller: Caller,
     Name(id): Name,
     body: JsonBody,
-) -> Result<Json<List<Item>>, Error> {
-    let items = ConversationRequest::read(&body, &["items"])?.items()?;
+) -> Result<(Ignored, Json<List<Item>>), Error> {
+    let (ItemsRequest { items }, mut ignored) = read(&body)?;
+    let items = read_items(items.unwrap_or_default(), &mut ignored)?;
     if items.is_empty() {
         return Err(Error::invalid("items", "`items` must have at least one"));
     }
+    let ignored = app.ignored(ignored)?;
     app.sessions.add_items(&caller.tenant, &id, items.clone()).await?;
-    Ok(Json(List::new(Listing { data: items, has_more: false })))
+    Ok((ignored, Json(List::new(Listing { data: items, has_more: false }))))
 }
 
 /// Show one item of a conversation.

@@ -108,10 +108,10 @@ pub fn read(given: Given, at: &str, prefix: &str) -> Result<(Vec<StoredItem>, Ve
     let mut ignored = Vec::new();
     let mut read = Vec::new();
     for (index, value) in items.into_iter().enumerate() {
-        let at = format!("{at}[{index}]");
-        let item: GivenItem = serde_json::from_value(value).map_err(|e| invalid_type(&at, &e.to_string()))?;
-        ignored.extend(item.others.keys().map(|name| format!("input[].{name}")));
-        read.push(item.check(&at, format!("{prefix}{index:03}"))?);
+        let place = format!("{at}[{index}]");
+        let item: GivenItem = serde_json::from_value(value).map_err(|e| invalid_type(&place, &e.to_string()))?;
+        ignored.extend(item.others.keys().map(|name| format!("{at}[].{name}")));
+        read.push(item.check(&place, format!("{prefix}{index:03}"))?);
     }
     ignored.sort_unstable();
     ignored.dedup();

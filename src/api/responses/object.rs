@@ -1,19 +1,16 @@
 //! A response as clients see it, and its stream: a pure machine from a turn's events.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
-use axum::response::Response;
-use axum::response::sse::Event as Frame;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::item::{Item, Part};
-use crate::api::openai::reply::{Kept, broken_off};
-use crate::api::record::Record;
-use crate::api::{Error, sse};
-use crate::session::{self, Event, Facts, Running, StoredItem};
-use crate::telemetry::metrics::StreamOpen;
+use crate::api::Error;
+use crate::api::openai::reply::Kept;
+use crate::api::sse::{Said, Script};
+use crate::session::{self, Event, Facts, StoredItem};
 use crate::types::Finish;
 
 /// What a response was asked for: it is kept with it.
@@ -146,10 +143,6 @@ impl Teller {
         }
     }
 
-    pub fn ended(&self) -> bool {
-        self.ending.is_some()
-    }
-
     /// Why it has failed.
     pub fn failure(&self) -> Option<&Error> {
         match &self.ending {
@@ -243,8 +236,27 @@ impl Teller {
         Item { id: output_id(&self.facts.response_id), kind: "message", status, role: "assistant".into(), content }
     }
 
-    /// What the stream says before all text.
-    fn opening(&mut self) -> Vec<Value> {
+    fn of_part(&self, mut fields: Value) -> Value {
+        fields["item_id"] = json!(output_id(&self.facts.response_id));
+        fields["output_index"] = json!(0);
+        fields["content_index"] = json!(0);
+        fields
+    }
+
+    fn told(&mut self, name: &'static str, mut fields: Value) -> Said {
+        fields["type"] = json!(name);
+        fields["sequence_number"] = json!(self.sequence);
+        self.sequence += 1;
+        Said { name: Some(name), data: fields.to_string() }
+    }
+}
+
+impl Script for Teller {
+    fn response_id(&self) -> &str {
+        &self.facts.response_id
+    }
+
+    fn opening(&mut self) -> Vec<Said> {
         let response = json!(self.object());
         let item = json!(self.item());
         let part = json!(Part::output(String::new()));
@@ -256,8 +268,7 @@ impl Teller {
         ]
     }
 
-    /// What the stream says of an event.
-    fn tell(&mut self, event: Event) -> Vec<Value> {
+    fn tell(&mut self, event: Event) -> Vec<Said> {
         if let Event::Text { text, .. } = &event {
             let delta = self.of_part(json!({"delta": text, "logprobs": []}));
             self.text.push_str(text);
@@ -281,63 +292,8 @@ impl Teller {
         ]
     }
 
-    fn of_part(&self, mut fields: Value) -> Value {
-        fields["item_id"] = json!(output_id(&self.facts.response_id));
-        fields["output_index"] = json!(0);
-        fields["content_index"] = json!(0);
-        fields
-    }
-
-    fn told(&mut self, name: &str, mut fields: Value) -> Value {
-        fields["type"] = json!(name);
-        fields["sequence_number"] = json!(self.sequence);
-        self.sequence += 1;
-        fields
-    }
-
-    /// The reply that streams the response, after the event of number `after` if the client has that.
-    pub fn stream(mut self, running: Running, record: Record, after: Option<u64>) -> Response {
-        let ready: VecDeque<Value> = self.opening().into();
-        let feed = Feed { teller: self, running, record, ready, after, _open: StreamOpen::new() };
-        let frames = futures::stream::unfold(feed, |mut feed| async move { Some((feed.next().await?, feed)) });
-        sse::streamed(frames, sse::PING)
-    }
-}
-
-/// Turns events into frames.
-struct Feed {
-    teller: Teller,
-    running: Running,
-    record: Record,
-    ready: VecDeque<Value>,
-    after: Option<u64>,
-    _open: StreamOpen,
-}
-
-impl Feed {
-    async fn next(&mut self) -> Option<Frame> {
-        loop {
-            while self.ready.is_empty() && !self.teller.ended() {
-                let event = self.running.next().await;
-                let event = event.unwrap_or_else(|| Event::Failed(session::Error::Engine(broken_off().to_string())));
-                match &event {
-                    Event::Text { choice, .. } => self.record.text(*choice),
-                    Event::Done { completion_tokens, .. } => self.record.completed(*completion_tokens),
-                    Event::Failed(error) => self.record.fails(&error.clone().into()),
-                }
-                self.ready.extend(self.teller.tell(event));
-            }
-            let value = self.ready.pop_front()?;
-            if self.ready.is_empty() && self.teller.ended() {
-                self.record.ends();
-            }
-            let number = value["sequence_number"].as_u64().expect("every event is numbered");
-            if self.after.is_none_or(|after| number > after) {
-                let name = value["type"].as_str().expect("every event has a name").to_owned();
-                let id = format!("{}:{number}", self.teller.facts.response_id);
-                return Some(Frame::default().event(name).id(id).data(value.to_string()));
-            }
-        }
+    fn ended(&self) -> bool {
+        self.ending.is_some()
     }
 }
 

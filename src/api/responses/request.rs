@@ -10,8 +10,8 @@ use super::item::{self, Given};
 use super::object::{Ask, output_id};
 use crate::api::Error;
 use crate::api::extract::JsonBody;
-use crate::api::openai::generation::{Generation, some_tokens};
-use crate::api::openai::parameters::{fields_of, sort_out};
+use crate::api::openai::generation::{Generation, metadata, some_tokens};
+use crate::api::openai::parameters::sort_out;
 use crate::session::ModelCard;
 
 /// What a client of OpenAI's Responses asks for.
@@ -81,12 +81,10 @@ pub struct Checked {
 impl ResponseRequest {
     /// Reads the body; also returns the names of fields that nobody knows.
     pub fn read(body: &JsonBody) -> Result<(Self, Vec<String>), Error> {
-        let known = [fields_of::<Generation>(), fields_of::<ResponseFields>()].concat();
-        let mut others = body.others(&known)?;
-        let request = Self { generation: body.read()?, own: body.read()? };
+        let (generation, own, mut others) = body.split_both::<Generation, ResponseFields>()?;
         refuse_own(&mut others)?;
         let ignored = sort_out(others, 1)?;
-        Ok((request, ignored))
+        Ok((Self { generation, own }, ignored))
     }
 
     /// Checks everything that does not depend on what is stored. `id` is the response's.
@@ -116,13 +114,7 @@ impl ResponseRequest {
         let given = match own.input {
             Some(given) => given,
             None if goes_on => Given::Items(Vec::new()),
-            None => {
-                return Err(Error::Invalid {
-                    param: Some("input".into()),
-                    code: "missing_required_parameter",
-                    message: "`input` is missing".into(),
-                });
-            }
+            None => return Err(Error::missing("input")),
         };
         let (items, unread) = item::read(given, "input", &output_id(id))?;
         ignored.extend(unread);
@@ -234,17 +226,6 @@ fn check_include(include: &[String]) -> Result<(), Error> {
             Err(Error::unsupported(format!("include[{at}]"), message))
         }
     }
-}
-
-/// Checks the size of metadata.
-pub fn metadata(given: Option<BTreeMap<String, String>>) -> Result<BTreeMap<String, String>, Error> {
-    let given = given.unwrap_or_default();
-    let long = |(name, value): (&String, &String)| name.chars().count() > 64 || value.chars().count() > 512;
-    if given.len() > 16 || given.iter().any(long) {
-        let why = "`metadata` has at most 16 pairs, with names of 64 and values of 512 characters";
-        return Err(Error::invalid("metadata", why));
-    }
-    Ok(given)
 }
 
 /// The id of a conversation that is named by it, or by an object.
