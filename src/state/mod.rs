@@ -28,6 +28,7 @@ mod precision;
 mod reclaim;
 mod record;
 mod remnant;
+mod sealed;
 mod sessions;
 mod squeeze;
 mod store;

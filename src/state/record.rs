@@ -1,4 +1,4 @@
-//! A turn record as bytes: a line of JSON and a line with its BLAKE3 in hexadecimal digits.
+//! A turn record as bytes, [sealed](super::sealed).
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::Damaged;
+use super::sealed::{open, seal};
 use crate::types::{SessionId, TurnRecord};
 
 /// Version of the layout, in every record.
@@ -87,22 +88,12 @@ pub(super) fn encode(entry: &Entry) -> Vec<u8> {
         metadata: Cow::Borrowed(&entry.metadata),
         record: Cow::Borrowed(&entry.record),
     };
-    let json = serde_json::to_string(&stored).expect("a record is text and numbers under text keys");
-    format!("{json}\n{}\n", blake3::hash(json.as_bytes()).to_hex()).into_bytes()
+    seal(&stored)
 }
 
 /// The record in `bytes`, which were stored as number `turn`.
 pub(super) fn decode(bytes: &[u8], turn: u64) -> Result<Entry, Damaged> {
-    let lines = bytes.strip_suffix(b"\n").and_then(|text| {
-        let at = text.iter().rposition(|b| *b == b'\n')?;
-        Some((&text[..at], &text[at + 1..]))
-    });
-    let (json, hash) = lines.ok_or_else(|| Damaged("it is cut off".into()))?;
-    // Compared as text: another spelling of the same digits is not what was written.
-    if blake3::hash(json).to_hex().as_bytes() != hash {
-        return Err(Damaged("the checksum does not match the contents".into()));
-    }
-    let stored: Stored = serde_json::from_slice(json).map_err(|e| Damaged(format!("it cannot be read: {e}")))?;
+    let stored: Stored = open(bytes)?;
     if stored.format != FORMAT {
         let known = format!("it has format version {}; this program knows version {FORMAT}", stored.format);
         return Err(Damaged(known));
