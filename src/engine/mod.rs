@@ -193,7 +193,12 @@ impl Handle {
     /// Takes places for `jobs` jobs, all or none.
     pub fn reserve(&self, jobs: usize) -> Result<Vec<Permit>, Full> {
         let take = || self.places.clone().try_acquire_owned().map(Permit);
-        (0..jobs).map(|_| take()).collect::<Result<_, _>>().map_err(|_| Full { retry_after: self.retry_after() })
+        (0..jobs).map(|_| take()).collect::<Result<_, _>>().map_err(|_| self.full())
+    }
+
+    /// What is said when there is no place.
+    pub fn full(&self) -> Full {
+        Full { retry_after: self.retry_after() }
     }
 
     /// How many jobs can be in the engine at once: more are never accepted in one request.

@@ -5,6 +5,7 @@ mod conversations;
 mod initial;
 mod keep;
 mod origin;
+mod plan;
 mod portable;
 mod prefix;
 mod prompt;
@@ -328,6 +329,12 @@ impl Busy {
 impl Drop for Turnstile {
     fn drop(&mut self) {
         self.busy.lock().remove(&self.key);
+    }
+}
+
+impl From<engine::Full> for Error {
+    fn from(engine::Full { retry_after }: engine::Full) -> Self {
+        Self::Full { retry_after }
     }
 }
 

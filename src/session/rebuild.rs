@@ -142,7 +142,7 @@ impl Sessions {
         base: Memory,
         ids: Vec<u32>,
     ) -> Result<Vec<crate::types::SegmentData>, Error> {
-        let permit = model.engine.reserve(1).map_err(|full| Error::Full { retry_after: full.retry_after })?;
+        let permit = model.engine.reserve(1)?;
         let job = Job {
             tenant: tenant.clone(),
             memory: Some(base).filter(|memory| !memory.segments.is_empty()).map(Arc::new),

@@ -3,21 +3,19 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::initial::Fresh;
-use super::keep::{Keeper, NotKept, said};
-use super::origin::{Origin, Parent};
-use super::prefix;
-use super::prefix::Reader;
-use super::prompt::{self, Reading};
-use super::streams::{Facts, NewStream, Resumed, Source, Why, Writer};
-use super::{Cached, Error, Event, Input, Model, Running, Sessions, Start, StateReceipt, Turn};
-use crate::engine::{self, Job, Permit};
-use crate::state::Entry;
-use crate::telemetry::clock;
-use crate::text::Trim;
-use crate::types::{Memory, SessionId};
 use futures::FutureExt;
 use futures::stream::{self, SelectAll, StreamExt};
+use tokio_util::sync::CancellationToken;
+
+use super::keep::{Keeper, NotKept, said};
+use super::origin::Origin;
+use super::plan::{Placed, Plan, invalid};
+use super::prefix::{self, Reader};
+use super::streams::{Facts, NewStream, Resumed, Source, Stream, Why, Writer};
+use super::{Cached, Error, Event, Model, Running, Sessions, Start, StateReceipt, Turn};
+use crate::engine::{self, Job, Permit};
+use crate::state::Entry;
+use crate::types::SessionId;
 
 impl Sessions {
     /// Runs a turn. Everything that can be refused is refused here, before the first event.
@@ -33,11 +31,7 @@ impl Sessions {
         let model = self.find(turn.model.as_deref())?.clone();
         let origin = self.origin(&turn, &model).await?;
         match &resumed {
-            Some(resumed) if resumed.facts.fingerprint != model.card.fingerprint => {
-                let state_model = resumed.facts.model.clone();
-                return Err(Error::StateModelMismatch { state_model, model: model.card.id.clone() });
-            }
-            Some(resumed) => origin.check_parent(resumed.parent.as_ref())?,
+            Some(resumed) => resumed.check(&model, &origin)?,
             None => {
                 if let Some(replayed) = self.replay(&turn, &model, &origin).await? {
                     return Ok(replayed);
@@ -45,140 +39,77 @@ impl Sessions {
                 origin.check(&turn.start)?;
             }
         }
-        let fresh = fresh(&turn, &model, &origin)?;
-        let memory = origin.parent.as_ref().map(|p| p.memory.clone());
-        let (turn, readings) = {
-            let (model, memory) = (model.clone(), memory.clone());
-            // A long text takes a while: not on a thread that serves other requests.
-            tokio::task::spawn_blocking(move || {
-                let readings = prompt::read(&model, &turn, memory.as_deref());
-                (turn, readings)
-            })
-            .await
-            .map_err(|e| Error::Engine(format!("tokenising failed: {e}")))?
+        let plan = self.plan(turn, model, origin).await?;
+        let jobs = match &resumed {
+            Some(resumed) => resumed.jobs(plan.jobs()),
+            None => plan.jobs(),
         };
-        let readings = readings?;
-        let consumed = origin.parent.as_ref().map_or(0, |p| p.memory.consumed);
-        let cached = origin.parent.as_ref().map_or(0, Parent::cached);
-        let max_tokens = self.check(&turn, &model, consumed, &readings)?;
+        let permits = self.reserve(&plan, jobs.len()).await?;
+        self.launch(plan, jobs.into_iter().zip(permits).collect(), resumed).await
+    }
 
-        let memory = memory.or_else(|| fresh.as_ref().and_then(|fresh| fresh.memory.clone()));
-        let mut jobs = jobs(&turn, &model, &readings, memory, max_tokens);
-        if max_tokens == 0 {
-            jobs.iter_mut().for_each(|(job, _)| only_read(job, &model));
-        }
-        if let Some(resumed) = &resumed {
-            jobs = resumed.jobs(jobs);
-        }
-        if jobs.len() > model.engine.capacity() {
-            let most = model.engine.capacity();
-            return invalid(
-                "n",
-                &format!("this asks for more answers at once than the {most} the server has room for"),
-            );
+    /// Takes places for the turn's jobs, if there are ever so many, and if its tenant may store what comes of it.
+    async fn reserve(&self, plan: &Plan, jobs: usize) -> Result<Vec<Permit>, Error> {
+        let Plan { model, turn, .. } = plan;
+        let most = model.engine.capacity();
+        if jobs > most {
+            let why = format!("this asks for more answers at once than the {most} the server has room for");
+            return invalid("n", &why);
         }
         if turn.store {
             // Better than to find out when the answer is there.
             let bytes = model.card.state_bytes;
             self.policy.quotas.admit(&self.archive, &turn.tenant, bytes, false).await?;
         }
-        let permits = model.engine.reserve(jobs.len()).map_err(|full| Error::Full { retry_after: full.retry_after })?;
+        self.hub.admit(model)?;
+        Ok(model.engine.reserve(jobs)?)
+    }
 
-        let cached_tokens = Cached::from(cached * readings.len() as u64);
-        let reader = self.prefix.as_ref().map(|cache| {
-            let boundaries = readings.first().map_or(&[][..], |reading| &reading.boundaries);
-            let (parent, fresh) = (origin.parent.as_ref(), fresh.as_ref());
-            Reader::new(cache, &turn.tenant, &model, (parent, fresh), boundaries, &cached_tokens)
-        });
-        let created = resumed.as_ref().map_or_else(clock::unix_seconds, |resumed| resumed.facts.created);
-        let facts = Facts {
-            response_id: turn.response_id.clone(),
-            model: model.card.id.clone(),
-            fingerprint: model.card.fingerprint.clone(),
-            created,
-            seed: turn.sampling.seed,
-            prompt_tokens: readings.iter().map(|r| consumed + r.ids.len() as u64).sum(),
-            cached_tokens: cached_tokens.clone(),
-            choices: readings.len() * turn.choices,
-            form: turn.delivery.form.clone(),
+    /// Hands the turn's jobs to the engine; from here on it can only fail in its stream.
+    async fn launch(&self, plan: Plan, jobs: Vec<Seated>, resumed: Option<Resumed>) -> Result<Running, Error> {
+        let (model, parent) = (plan.model.clone(), plan.origin.parent.as_ref().map(|parent| parent.id.clone()));
+        let cached_tokens = Cached::from(plan.cached());
+        let reader = self.prefix.as_ref().map(|cache| plan.reader(cache, &cached_tokens));
+        let facts = match &resumed {
+            Some(resumed) => resumed.facts.clone(),
+            None => plan.facts(cached_tokens.clone()),
         };
-        let facts = resumed.as_ref().map_or(facts, |resumed| resumed.facts.clone());
+        let created = facts.created;
         let events = resumed.as_ref().map(Resumed::events).unwrap_or_default();
-        let stream = self.hub.open(NewStream { turn: &turn, facts: facts.clone(), model: model.clone(), events });
+        let stream = self.hub.open(NewStream { turn: &plan.turn, facts: facts.clone(), model: model.clone(), events });
         let running = Running::new(facts, Source::Stream(stream.listen()));
         let mut writer = Writer::new(stream.clone(), self.hub.clone(), self.archive.clone());
         let mut texts = BTreeMap::new();
         if let Some(resumed) = resumed {
             texts.extend((0..stream.facts.choices).map(|choice| (choice, resumed.text(choice))));
             writer.resume(resumed);
-        } else if turn.delivery.detach {
-            writer.begin(&turn, origin.parent.as_ref().map(|parent| parent.id.clone())).await?;
+        } else if plan.turn.delivery.detach {
+            writer.begin(&plan.turn, parent).await?;
         }
-        jobs.iter_mut().for_each(|(job, _)| job.pause = stream.pause.clone());
-        let mut keeper = Keeper {
+        let keeper = self.keeper(plan, created, cached_tokens);
+        let run = Run { model, jobs, reader, keeper, writer, texts };
+        self.turns.spawn(run.drive(stream, self.stop.clone()));
+        Ok(running)
+    }
+
+    /// What keeps the turn's states.
+    fn keeper(&self, plan: Plan, created: u64, cached_tokens: Cached) -> Keeper {
+        let (prompt_tokens, waits) = (plan.prompt_tokens(), plan.waits());
+        let Plan { model, turn, origin, fresh, .. } = plan;
+        Keeper {
             archive: self.archive.clone(),
             policy: self.policy.clone(),
-            model: model.clone(),
+            model,
             parent: origin.parent,
             session: origin.session,
             beginning: fresh.map(|fresh| fresh.beginning),
             created,
             expires_at: turn.ttl_s.or(self.default_ttl_s).map(|s| created.saturating_add(s)),
-            waits: readings.first().filter(|_| max_tokens == 0).and_then(|reading| reading.ids.last().copied()),
-            prompt_tokens: consumed + readings.first().map_or(0, |r| r.ids.len() as u64),
+            waits,
+            prompt_tokens,
             cached_tokens,
             turn,
-        };
-        let stop = self.stop.clone();
-        self.turns.spawn(async move {
-            let outputs = submit(&model, jobs, permits, reader.as_ref());
-            let why = tokio::select! {
-                () = forward(outputs, &mut keeper, &mut writer, texts) => None,
-                () = stop.cancelled() => Some(Why::Interrupted),
-                () = stream.cancel.cancelled() => Some(stream.why()),
-            };
-            // Before anybody hears of the end: the session may be waited for.
-            drop(keeper);
-            match why {
-                None => {}
-                Some(Why::Interrupted) => writer.interrupted(),
-                Some(Why::Cancelled) => writer.cancelled().await,
-            }
-            // Receivers were dropped, which an engine that has nothing to do does not see by itself.
-            model.engine.look();
-        });
-        Ok(running)
-    }
-
-    /// Checks a turn against the limits; gives its number of new tokens.
-    fn check(&self, turn: &Turn, model: &Model, consumed: u64, readings: &[Reading]) -> Result<u64, Error> {
-        let max_tokens = turn.max_tokens.unwrap_or(self.limits.default_max_tokens.min(self.limits.max_tokens));
-        if max_tokens > self.limits.max_tokens {
-            let most = self.limits.max_tokens;
-            return invalid("max_tokens", &format!("at most {most} new tokens can be asked for, not {max_tokens}"));
         }
-        let longest = readings.iter().map(|r| r.ids.len()).max().unwrap_or(0);
-        let too_long = |message| Error::Invalid {
-            param: if matches!(turn.input, Input::Chat(_)) { "messages" } else { "prompt" },
-            code: Some("context_length_exceeded"),
-            message,
-        };
-        if longest > self.limits.prompt_tokens {
-            let most = self.limits.prompt_tokens;
-            return Err(too_long(format!("the prompt has {longest} tokens and at most {most} are read at once")));
-        }
-        if let Some(context) = model.card.context {
-            let position = consumed + longest as u64;
-            // The last token is sampled without having to be read.
-            let room = (context as u64 + 1).saturating_sub(position);
-            if room == 0 {
-                return Err(too_long(format!(
-                    "the text would have {position} tokens, and this model's sequences have at most {context}"
-                )));
-            }
-            return Ok(max_tokens.min(room));
-        }
-        Ok(max_tokens)
     }
 
     /// The committed turn that a retried request already ran.
@@ -197,22 +128,6 @@ impl Sessions {
         }
         Ok(replayed(entry, &session.id, model))
     }
-}
-
-/// What a turn without a parent begins from; `None` for a turn that has one.
-fn fresh(turn: &Turn, model: &Model, origin: &Origin) -> Result<Option<Fresh>, Error> {
-    if origin.parent.is_none() {
-        if turn.input == Input::Chat(Vec::new()) {
-            let why = "there is nothing to answer: messages may be empty only when a conversation goes on";
-            return invalid("messages", why);
-        }
-        return model.initial.begin(turn.initial_state.as_deref()).map(Some);
-    }
-    if turn.initial_state.is_some() {
-        let why = "a state or session that exists has its own beginning; leave `initial_state` out";
-        return invalid("initial_state", why);
-    }
-    Ok(None)
 }
 
 /// What a client hears of a committed turn, but for the first `sent` bytes of its text.
@@ -256,71 +171,54 @@ fn replayed(entry: Entry, session: &SessionId, model: &Model) -> Option<Running>
     Some(Running::new(facts, Source::Told(events.into())))
 }
 
-fn invalid<T>(param: &'static str, message: &str) -> Result<T, Error> {
-    Err(Error::Invalid { param, code: None, message: message.into() })
-}
-
-/// A job and the index of its first choice among the turn's.
-pub(super) type Placed = (Job, usize);
-
-/// The turn's jobs: one for each prompt, but as many as needed where its choices cannot run in one.
-fn jobs(turn: &Turn, model: &Model, readings: &[Reading], memory: Option<Arc<Memory>>, max_tokens: u64) -> Vec<Placed> {
-    let chat = matches!(turn.input, Input::Chat(_));
-    let mut stop = turn.stop.clone();
-    if chat {
-        stop.extend(model.profile.stop.iter().cloned());
-    }
-    let mut jobs = Vec::new();
-    for (prompt, reading) in readings.iter().enumerate() {
-        // An answer that is read again from the log goes on where it was: not at the start of one.
-        let middle = turn.input == Input::Chat(Vec::new()) && !reading.goes_on;
-        // A response that goes on may still have to be taken back, each choice's by itself.
-        let together = if reading.goes_on { 1 } else { turn.choices.min(model.seats) };
-        for first_choice in (0..turn.choices).step_by(together) {
-            let job = Job {
-                tenant: turn.tenant.clone(),
-                // Without segments it begins as every fresh sequence of the model.
-                memory: memory.clone().filter(|m| !m.segments.is_empty()),
-                ids: reading.ids.clone(),
-                goes_on: reading.goes_on,
-                choices: together.min(turn.choices - first_choice),
-                first_choice,
-                sampling: turn.sampling.clone(),
-                stop: stop.clone(),
-                stop_tokens: model.profile.stop_tokens.clone(),
-                trim: Trim { start: chat && !middle, end: chat },
-                max_tokens,
-                keep: turn.store,
-                pause: engine::Pause::default(),
-                replay: engine::Replay::default(),
-                checkpoints: None,
-            };
-            jobs.push((job, prompt * turn.choices + first_choice));
-        }
-    }
-    jobs
-}
-
-/// Leaves the last id of what is only read to whoever goes on from there. It is then no job for an empty state.
-fn only_read(job: &mut Job, model: &Model) {
-    job.ids.pop();
-    if job.ids.is_empty() && job.memory.is_none() {
-        job.memory = Some(model.initial.own());
-    }
-}
+/// A job with its place in the engine.
+type Seated = (Placed, Permit);
 
 /// The events of all jobs, each with the index of its job's first choice.
 type Outputs = SelectAll<stream::BoxStream<'static, (usize, engine::Event)>>;
 
-fn submit(model: &Arc<Model>, jobs: Vec<Placed>, permits: Vec<Permit>, reader: Option<&Reader>) -> Outputs {
-    let submit = |((job, first), permit): (Placed, Permit)| {
+/// A turn under way.
+struct Run {
+    model: Arc<Model>,
+    jobs: Vec<Seated>,
+    reader: Option<Reader>,
+    keeper: Keeper,
+    writer: Writer,
+    /// What was sent of each choice before.
+    texts: BTreeMap<usize, String>,
+}
+
+impl Run {
+    async fn drive(self, stream: Arc<Stream>, stop: CancellationToken) {
+        let Self { model, jobs, reader, mut keeper, mut writer, texts } = self;
+        let outputs = submit(&model, jobs, &stream.pause, reader.as_ref());
+        let why = tokio::select! {
+            () = forward(outputs, &mut keeper, &mut writer, texts) => None,
+            () = stop.cancelled() => Some(Why::Interrupted),
+            () = stream.cancel.cancelled() => Some(stream.why()),
+        };
+        // Before anybody hears of the end: the session may be waited for.
+        drop(keeper);
+        match why {
+            None => {}
+            Some(Why::Interrupted) => writer.interrupted(),
+            Some(Why::Cancelled) => writer.cancelled().await,
+        }
+        // Receivers were dropped, which an engine that has nothing to do does not see by itself.
+        model.engine.look();
+    }
+}
+
+fn submit(model: &Arc<Model>, jobs: Vec<Seated>, pause: &engine::Pause, reader: Option<&Reader>) -> Outputs {
+    let submit = |((job, first), permit): Seated| {
+        let job = Job { pause: pause.clone(), ..job };
         let events = match reader {
             Some(reader) => reader.clone().run(model.clone(), job, permit).boxed(),
             None => prefix::events(model, job, permit).boxed(),
         };
         events.map(move |event| (first, event)).boxed()
     };
-    jobs.into_iter().zip(permits).map(submit).collect()
+    jobs.into_iter().map(submit).collect()
 }
 
 /// Passes the jobs' events on, keeping what is to be kept before it is announced, until all are done. `texts` is what was

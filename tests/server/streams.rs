@@ -8,7 +8,7 @@ use rewake::state::{InMemory, Store};
 use rewake::types::Tenant;
 use serde_json::{Value, json};
 
-use crate::server::{CHAT, COMPLETIONS, Chunks, Client, Process, Server, config, get, last, said};
+use crate::server::{CHAT, COMPLETIONS, Chunks, Client, Process, Server, config, get, last, post, said};
 use crate::store::Failing;
 use crate::{endless, user, with};
 
@@ -102,13 +102,22 @@ async fn a_stream_that_is_cut_anywhere_is_the_uncut_one() {
 
 /// Until this many answers are being generated.
 async fn seats(client: &Client, n: usize) {
-    let line = format!("rewake_seats_running{{model=\"stories\"}} {n}\n");
+    measured(client, "rewake_seats_running", n).await;
+}
+
+/// Until this many wait for a seat.
+async fn waiting(client: &Client, n: usize) {
+    measured(client, "rewake_queue_waiting", n).await;
+}
+
+async fn measured(client: &Client, name: &str, n: usize) {
+    let line = format!("{name}{{model=\"stories\"}} {n}\n");
     for _ in 0..20_000 {
         if client.get("/metrics").await.text.contains(&line) {
             return;
         }
     }
-    panic!("never {n} seats");
+    panic!("{name} is never {n}");
 }
 
 #[tokio::test]
@@ -235,6 +244,35 @@ async fn of_too_many_slow_readers_the_first_is_given_up() {
         }
     }
     assert_eq!(given_up, 1, "one waits, and goes on");
+}
+
+#[tokio::test]
+async fn parking_lets_in_no_more_than_there_is_room_for() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = folder.path().join("config.toml");
+    std::fs::write(&config, "engine = { seats = 1, queue = 1 }\nstreams = { parked = 1 }\n").expect("it is written");
+    let server = Process::start(&folder.path().join("states"), &["--config", &config.display().to_string()]);
+    let client = server.client();
+    // It has the seat, and never parks.
+    let mut first = client.stream(COMPLETIONS, with(endless(), json!({"detach": true}))).await;
+    first.begun().await;
+    let mut readers = vec![first];
+    for n in 0..10 {
+        let body = json!({"messages": user("x"), "stream": true}).to_string();
+        let reply = client.send(post(CHAT, body)).await.expect("an answer");
+        if reply.status() == 429 {
+            return assert!(n > 2, "{n} were let in");
+        }
+        // It waits for the seat until it is left, which gives its place back; then somebody reads on.
+        waiting(&client, n + 1).await;
+        let mut left = Chunks::of(reply);
+        let id = left.next().await.expect("a chunk")["id"].as_str().expect("an id").to_owned();
+        drop(left);
+        waiting(&client, n).await;
+        readers.push(client.resume(&id, None).await.expect("it is there"));
+        waiting(&client, n + 1).await;
+    }
+    panic!("{} at once, with room for two", readers.len());
 }
 
 #[tokio::test]

@@ -210,9 +210,7 @@ impl Client {
             let text = to_bytes(body, usize::MAX).await.map_err(|e| e.to_string())?;
             panic!("{path}: {} {}", head.status, String::from_utf8_lossy(&text));
         }
-        assert_eq!(head.headers["content-type"], "text/event-stream");
-        let bytes = body.into_data_stream().map_err(|e| e.to_string()).boxed();
-        Ok(Chunks { headers: head.headers, bytes, buffer: Vec::new(), done: false, last_id: None })
+        Ok(Chunks::of(Response::from_parts(head, body)))
     }
 }
 
@@ -301,6 +299,14 @@ pub struct Chunks {
 }
 
 impl Chunks {
+    /// Those of a reply that began well.
+    pub fn of(reply: Response<Body>) -> Self {
+        let (head, body) = reply.into_parts();
+        assert_eq!(head.headers["content-type"], "text/event-stream");
+        let bytes = body.into_data_stream().map_err(|e| e.to_string()).boxed();
+        Self { headers: head.headers, bytes, buffer: Vec::new(), done: false, last_id: None }
+    }
+
     /// The next chunk; `None` at the end, and where the connection broke.
     pub async fn next(&mut self) -> Option<Value> {
         loop {

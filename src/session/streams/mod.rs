@@ -24,7 +24,7 @@ pub(super) use revive::Resumed;
 pub(super) use stream::{Parts, Reader, Stream, Why};
 pub(super) use writer::Writer;
 
-use super::{Cached, Error, Event, Running, Sessions, Start, Turn};
+use super::{Cached, Error, Event, Model, Running, Sessions, Start, Turn};
 use crate::telemetry::clock;
 use crate::types::{SessionId, Tenant};
 
@@ -158,6 +158,15 @@ impl Hub {
         self.streams().get(id).filter(|stream| stream.tenant == *tenant).cloned()
     }
 
+    /// Refuses another response of this model while too many are under way. Of those that were parked and go on, none has a
+    /// place in its engine: without this, parking one after the other would let in any number.
+    pub fn admit(&self, model: &Arc<Model>) -> Result<(), Error> {
+        let under_way = self.streams().values().filter(|stream| stream.is_of(model) && !stream.ended()).count();
+        // Those that have places, as many that are being kept and have given them back, and the parked.
+        let most = 2 * model.engine.capacity() + self.rules.limits.parked;
+        if under_way < most { Ok(()) } else { Err(model.engine.full().into()) }
+    }
+
     /// A new stream, which others can find from now on.
     pub fn open(&self, parts: NewStream) -> Arc<Stream> {
         let NewStream { turn, facts, model, events } = parts;
@@ -229,7 +238,7 @@ impl Hub {
 pub(super) struct NewStream<'a> {
     pub turn: &'a Turn,
     pub facts: Facts,
-    pub model: Arc<super::Model>,
+    pub model: Arc<Model>,
     /// What an earlier process sent.
     pub events: Vec<Event>,
 }

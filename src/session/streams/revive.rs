@@ -5,8 +5,10 @@ use std::time::Duration;
 use super::record::{Answer, Begun, Entry, Told};
 use super::{Facts, Found, Hub};
 use crate::engine::{Job, Replay};
-use crate::session::run::{self, Placed};
-use crate::session::{Error, Event, Sessions, Start, Turn};
+use crate::session::origin::Origin;
+use crate::session::plan::Placed;
+use crate::session::run;
+use crate::session::{Error, Event, Model, Sessions, Start, Turn};
 use crate::state::{self, Archive, Journal, Put};
 use crate::telemetry::clock;
 use crate::types::{StateId, Tenant};
@@ -25,6 +27,15 @@ pub(in crate::session) struct Resumed {
 }
 
 impl Resumed {
+    /// Whether it can go on here, from where it began.
+    pub fn check(&self, model: &Model, origin: &Origin) -> Result<(), Error> {
+        if self.facts.fingerprint != model.card.fingerprint {
+            let state_model = self.facts.model.clone();
+            return Err(Error::StateModelMismatch { state_model, model: model.card.id.clone() });
+        }
+        origin.check_parent(self.parent.as_ref())
+    }
+
     /// What was sent.
     pub fn events(&self) -> Vec<Event> {
         self.told.iter().cloned().map(Told::event).collect()

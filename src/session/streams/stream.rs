@@ -114,6 +114,11 @@ impl Stream {
         self.told.send_replace(());
     }
 
+    /// Whether this model computes it.
+    pub fn is_of(&self, model: &Arc<Model>) -> bool {
+        Arc::ptr_eq(&self.model, model)
+    }
+
     pub fn ended(&self) -> bool {
         self.state().ended
     }
