@@ -31,7 +31,9 @@ impl Archive {
         };
         let remnant = if info.head.expired(now) {
             Remnant::Expired
-        } else if id.millis() / 1000 + self.grace_s <= now && self.is_orphan(tenant, id, &info, now).await? {
+        } else if (id.millis() / 1000).saturating_add(self.grace_s) <= now
+            && self.is_orphan(tenant, id, &info, now).await?
+        {
             Remnant::Orphan
         } else {
             return Ok(None);

@@ -25,7 +25,6 @@ pub(super) use stream::{Parts, Reader, Stream, Why};
 pub(super) use writer::Writer;
 
 use super::{Cached, Error, Event, Model, Running, Sessions, Start, Turn};
-use crate::telemetry::clock;
 use crate::types::{SessionId, Tenant};
 
 /// Bytes of finished streams that wait in memory for a reader who has missed the end.
@@ -315,7 +314,7 @@ impl Sessions {
             return Ok(Found::Stream(stream));
         }
         if let Some(answer) = self.archive.answer::<record::Answer>(tenant, id).await? {
-            let over = !answer.kept && answer.ended + self.hub.rules.limits.resume_window_s < clock::unix_seconds();
+            let over = answer.is_over(self.hub.rules.limits.resume_window_s);
             return if over { Err(unknown()) } else { Ok(Found::Answer(Box::new(answer))) };
         }
         self.revive(tenant, id, take).await?.ok_or_else(unknown)

@@ -89,6 +89,13 @@ pub(in crate::session) struct Answer {
     pub kept: bool,
 }
 
+impl Answer {
+    /// Whether nobody can ask for it any more.
+    pub fn is_over(&self, window_s: u64) -> bool {
+        !self.kept && self.ended.saturating_add(window_s) < clock::unix_seconds()
+    }
+}
+
 fn is_first(choice: &usize) -> bool {
     *choice == 0
 }

@@ -125,7 +125,7 @@ impl Sessions {
         let answer: Option<Answer> = self.archive.answer(tenant, id).await?;
         if let Some(answer) = answer {
             self.hub.clear(&self.archive, &journal, (tenant, id), answer.kept).await?;
-            let over = !answer.kept && answer.ended + self.hub.rules.limits.resume_window_s < clock::unix_seconds();
+            let over = answer.is_over(self.hub.rules.limits.resume_window_s);
             return Ok((!over).then(|| Found::Answer(Box::new(answer))));
         }
         let entries: Vec<Entry> = self.archive.entries(&journal).await?;
