@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::stream::{self, StreamExt, TryStreamExt};
 
-use super::{Damaged, Error, Info, Put, Storage, Store, codec};
+use super::{Damaged, Error, Info, Put, Storage, Store, codec, header};
 use crate::types::{SessionId, Snapshot, StateId, Tenant};
 
 /// States and sessions of all tenants in one store. Cheap to clone. The tenant is part of every key, so one tenant's
@@ -182,7 +182,7 @@ impl Archive {
     pub(super) async fn peek(&self, tenant: &Tenant, id: &StateId) -> Result<Option<Info>, Error> {
         let key = state_key(tenant, id);
         let Some(mut start) = self.store.get_start(&key, START).await? else { return Ok(None) };
-        let len = codec::head_len(&start.bytes, start.size).map_err(|e| damaged(&key, e))?;
+        let len = header::head_len(&start.bytes, start.size).map_err(|e| damaged(&key, e))?;
         if len > start.bytes.len() {
             match self.store.get_start(&key, len).await? {
                 Some(longer) => start = longer,
@@ -190,7 +190,7 @@ impl Archive {
             }
         }
         let start_of_data = len.min(start.bytes.len());
-        let info = codec::decode_head(&start.bytes[..start_of_data], start.size).map_err(|e| damaged(&key, e))?;
+        let info = header::decode_head(&start.bytes[..start_of_data], start.size).map_err(|e| damaged(&key, e))?;
         if info.head.id != *id || info.head.owner != *tenant {
             return Err(misplaced(&key));
         }

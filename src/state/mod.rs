@@ -19,6 +19,7 @@ mod archive;
 mod bucket;
 mod codec;
 mod fit;
+mod header;
 mod journal;
 mod lineage;
 mod local;
@@ -36,8 +37,9 @@ mod tiered;
 
 pub use archive::{Archive, Listed, Stored, Wanted, is_state};
 pub use bucket::{Bucket, BucketUrl};
-pub use codec::{Damaged, FORMATS, Info, decode, decode_head, encode, encode_as, head_len, inspect};
+pub use codec::{decode, encode, encode_as, inspect};
 pub use fit::{fits, most_bytes};
+pub use header::{Damaged, FORMATS, Info, decode_head, head_len};
 pub use journal::Journal;
 pub use lineage::{At, Turn};
 pub use local::Local;

@@ -1,6 +1,7 @@
 //! The OpenAI routes: one endpoint a file, what they share beside it.
 
 pub mod chat;
+pub mod chunks;
 pub mod completions;
 #[cfg(test)]
 pub mod fixture;

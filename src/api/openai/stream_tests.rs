@@ -9,8 +9,9 @@ use futures::stream;
 use serde_json::{Value, json};
 
 use super::chat::ChatCompletion;
+use super::chunks::Chunks;
 use super::completions::TextCompletion;
-use super::reply::{Chunks, Heading, Opening, Shape, collect, whole};
+use super::reply::{Heading, Opening, Shape, collect, whole};
 use crate::api::record::Record;
 use crate::api::{Error, sse};
 use crate::session::{self, Event, StateError, StateReceipt};
