@@ -166,7 +166,8 @@ impl Keeper {
             session: self.session.as_ref().map(|s| s.id.clone()),
             record: self.session.as_ref().map(|s| s.head.next()),
             turn,
-            created: clock::unix_seconds(),
+            // As in the record, which tells of the state when it is evicted.
+            created: self.created,
             expires_at: self.expires_at,
             metadata: self.turn.metadata.clone(),
         }
