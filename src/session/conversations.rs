@@ -86,7 +86,7 @@ impl Sessions {
     /// A conversation as it is now.
     pub async fn conversation(&self, tenant: &Tenant, id: &str) -> Result<Conversation, Error> {
         let unknown = || Error::ConversationNotFound(id.into());
-        if !id.strip_prefix("conv_").is_some_and(|id| id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit())) {
+        if !is_conversation(id) {
             return Err(unknown());
         }
         let changes: Vec<Change> = self.archive.entries(&Journal::conversation(tenant, id)).await?;
@@ -94,6 +94,17 @@ impl Sessions {
         let turns = self.archive.turns(tenant, &conversation.session, 0, usize::MAX).await?;
         apply(&mut conversation, turns.map(|turns| turns.data).unwrap_or_default());
         Ok(conversation)
+    }
+
+    /// Refuses a turn of a session that another one has taken the place of, as when an item was deleted a moment ago: the
+    /// conversation would never show it.
+    pub(super) async fn check_current(&self, tenant: &Tenant, session: &SessionId) -> Result<(), Error> {
+        let Some(id) = conversation_of(session) else { return Ok(()) };
+        let changes: Vec<Change> = self.archive.entries(&Journal::conversation(tenant, id)).await?;
+        match fold(id, changes) {
+            Some(now) if now.session != *session => Err(Error::TurnConflict { session: session.clone(), state: None }),
+            _ => Ok(()),
+        }
     }
 
     /// Adds items that the next turn will read.
@@ -236,6 +247,16 @@ fn apply(conversation: &mut Conversation, turns: Vec<Entry>) {
     conversation.read = items.len();
     items.extend(waiting);
     conversation.items = items;
+}
+
+fn is_conversation(id: &str) -> bool {
+    id.strip_prefix("conv_").is_some_and(|id| id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+/// The conversation whose session this is or was.
+pub(super) fn conversation_of(session: &SessionId) -> Option<&str> {
+    let name = session.as_str();
+    Some(name.split_once('.').map_or(name, |(id, _)| id)).filter(|id| is_conversation(id))
 }
 
 fn session(id: &str, number: usize) -> SessionId {

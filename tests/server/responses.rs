@@ -431,6 +431,37 @@ async fn a_conversation_is_a_session() {
 }
 
 #[tokio::test]
+async fn a_turn_of_a_conversation_that_is_sent_again_is_answered_again() {
+    let client = Server::shared().client();
+    let begun = json!({"items": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]});
+    let conversation = id(&client.ok("/v1/conversations", begun).await.json());
+    let body = with(ask("A dog?"), json!({"conversation": conversation, "instructions": "Be kind."}));
+    let key = [("idempotency-key", "once")];
+    let first = client.post_with(RESPONSES, &key, body.clone()).await.json();
+    let again = client.post_with(RESPONSES, &key, body.clone()).await.json();
+    assert_eq!((id(&again), text(&again)), (id(&first), text(&first)));
+    let other = client.post_with(RESPONSES, &key, with(body, json!({"input": "A cat?"}))).await;
+    assert_eq!((other.status, other.error()["param"].as_str()), (400, Some("idempotency-key")));
+    assert_eq!(said(&client, &conversation).await.len(), 4);
+}
+
+#[tokio::test]
+async fn a_session_that_its_conversation_has_left_takes_no_turns() {
+    let client = Server::shared().client();
+    let conversation = id(&client.ok("/v1/conversations", json!({})).await.json());
+    let in_it = |input: &str| with(ask(input), json!({ "conversation": conversation }));
+    client.ok(RESPONSES, in_it("A dog?")).await;
+    let first = said(&client, &conversation).await[0].0.clone();
+    assert_eq!(client.delete(&format!("/v1/conversations/{conversation}/items/{first}")).await.status, 200);
+    // As one would that had found the conversation as it was before.
+    let late = json!({"messages": [{"role": "user", "content": "A cat?"}], "session_id": conversation});
+    let late = client.post(CHAT, late).await;
+    assert_eq!((late.status, late.code().as_str()), (409, "session_conflict"));
+    client.ok(RESPONSES, in_it("A cat?")).await;
+    assert_eq!(said(&client, &conversation).await.len(), 3);
+}
+
+#[tokio::test]
 async fn wrong_requests_are_refused_by_name() {
     let client = Server::shared().client();
     for (body, status, param) in [
