@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::Facts;
 use crate::session::{Error, Event, StateError, StateReceipt, Turn};
 use crate::telemetry::clock;
-use crate::types::{Finish, StateId};
+use crate::types::{Finish, SessionId, StateId};
 
 /// An entry of a stream's journal.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -74,8 +74,18 @@ pub(in crate::session) enum Told {
     },
     Failed {
         message: String,
+        /// Another turn of the session was committed first; this one's state may be kept without it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        conflict: Option<Conflict>,
     },
     Cancelled,
+}
+
+/// What a turn that lost a race was for, and what is left of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(in crate::session) struct Conflict {
+    session: SessionId,
+    state: Option<StateId>,
 }
 
 /// A response that has ended, with all its events.
@@ -113,7 +123,15 @@ impl Told {
                 Self::Done { choice, finish, completion_tokens, state, error }
             }
             Event::Failed(Error::Cancelled) => Self::Cancelled,
-            Event::Failed(error) => Self::Failed { message: error.to_string() },
+            Event::Failed(Error::Engine(message)) => Self::Failed { message, conflict: None },
+            Event::Failed(error) => {
+                let message = error.to_string();
+                let conflict = match error {
+                    Error::TurnConflict { session, state } => Some(Conflict { session, state }),
+                    _ => None,
+                };
+                Self::Failed { message, conflict }
+            }
         }
     }
 
@@ -123,7 +141,10 @@ impl Told {
             Self::Done { choice, finish, completion_tokens, state, error } => {
                 Event::Done { choice, finish, completion_tokens, stored: state.map(Ok).or(error.map(Err)) }
             }
-            Self::Failed { message } => Event::Failed(Error::Engine(message)),
+            Self::Failed { conflict: Some(Conflict { session, state }), .. } => {
+                Event::Failed(Error::TurnConflict { session, state })
+            }
+            Self::Failed { message, conflict: None } => Event::Failed(Error::Engine(message)),
             Self::Cancelled => Event::Failed(Error::Cancelled),
         }
     }
@@ -135,6 +156,11 @@ mod tests {
 
     #[test]
     fn events_come_back_from_the_store() {
+        let session = SessionId::parse("s").expect("a name");
+        let again = |event: &Event| {
+            let json = serde_json::to_string(&Told::new(event, &[1, 2])).expect("JSON");
+            serde_json::from_str::<Told>(&json).expect("the same").event()
+        };
         let lost = |code| Err(StateError { code, message: "m".into() });
         let done = |stored| Event::Done { choice: 1, finish: Finish::Length, completion_tokens: 9, stored };
         for event in [
@@ -144,12 +170,13 @@ mod tests {
             done(Some(lost(StateError::QUOTA))),
             Event::Failed(Error::Cancelled),
             Event::Failed(Error::Engine("e".into())),
+            Event::Failed(Error::TurnConflict { session: session.clone(), state: Some(StateId::new(1, 2)) }),
+            Event::Failed(Error::TurnConflict { session, state: None }),
         ] {
-            let json = serde_json::to_string(&Told::new(&event, &[1, 2])).expect("JSON");
-            let back: Told = serde_json::from_str(&json).expect("the same");
-            let same = format!("{:?}", back.event());
-            // An error becomes its message.
-            assert!(same == format!("{event:?}") || same.contains("the model failed: e"), "{same}");
+            assert_eq!(format!("{:?}", again(&event)), format!("{event:?}"));
         }
+        // Of other errors their message is left.
+        let other = again(&Event::Failed(Error::Store("s".into())));
+        assert!(matches!(other, Event::Failed(Error::Engine(message)) if message.contains("store failed: s")));
     }
 }
