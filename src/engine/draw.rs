@@ -1,7 +1,7 @@
 //! Choosing the next tokens of one choice: one from each position of logits, while its draft goes on to be right.
 
+use super::live::{Choice, Place};
 use super::response::Response;
-use super::run::{Choice, Place};
 use super::worth::{Ahead, Costs};
 use super::{Speculation, draft::Drafter};
 use crate::sample;

@@ -7,6 +7,8 @@ mod backend;
 mod coin;
 mod draft;
 mod draw;
+mod ending;
+mod live;
 mod park;
 mod replay;
 mod response;

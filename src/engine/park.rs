@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::run::{Engine, Live, Place};
+use super::live::{Choice, Live, Place};
+use super::run::Engine;
 use crate::scheduler::{JobId, Seat};
 use crate::types::SegmentData;
 
@@ -98,7 +99,7 @@ fn hold(live: &Live, backend: &dyn super::Backend) -> Parked {
     if live.choices.is_empty() {
         return Parked { prompt: Some(held(&live.prompt)), choices: Vec::new() };
     }
-    let choice = |choice: &Option<super::run::Choice>| choice.as_ref().map(|choice| held(&choice.place));
+    let choice = |choice: &Option<Choice>| choice.as_ref().map(|choice| held(&choice.place));
     Parked { prompt: None, choices: live.choices.iter().map(choice).collect() }
 }
 

@@ -3,19 +3,14 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
-use tokio::sync::mpsc::UnboundedSender;
-
-use super::draft::Drafter;
 use super::draw::{Draw, Drawn, Logits, Said};
-use super::park::Parked;
+use super::live::{Choice, Live, Place, send, tell};
 use super::response::Response;
 use super::worth::{Ahead, Costs};
-use super::{Backend, Checkpoint, Event, Gauges, Job, Kept, Letter, Permit, Submission, replay};
+use super::{Backend, Checkpoint, Event, Gauges, Kept, Letter, Submission, replay};
 use crate::scheduler::{JobId, Limits, Need, Next, Plan, Scheduler, Seat, Span};
 use crate::telemetry::{clock, metrics};
 use crate::text::Tokenizer;
@@ -25,80 +20,16 @@ use crate::types::{Finish, Memory, Row, SeqId, SlotId, Want};
 pub(super) struct Engine {
     name: String,
     pub(super) backend: Box<dyn Backend>,
-    text: Arc<dyn Tokenizer>,
+    pub(super) text: Arc<dyn Tokenizer>,
     pub(super) scheduler: Scheduler,
     seats: usize,
     pub(super) jobs: BTreeMap<JobId, Live>,
     next_job: u64,
-    gauges: Arc<Gauges>,
+    pub(super) gauges: Arc<Gauges>,
     /// Of the step under way; kept so that no step allocates them.
     ids: Vec<u32>,
     logits: Vec<f32>,
     costs: Costs,
-}
-
-/// A job in the engine, waiting, running or parked.
-pub(super) struct Live {
-    pub job: Job,
-    events: UnboundedSender<Event>,
-    /// `None` once it was parked: somebody else may have its place.
-    pub permit: Option<Permit>,
-    since: Instant,
-    pub seats: Vec<Seat>,
-    /// How many of the job's ids are replayed ones of the response.
-    replayed: usize,
-    /// Where the prompt is read.
-    pub prompt: Place,
-    /// What every choice begins as.
-    response: Response,
-    /// Once the prompt is read; `None` = done.
-    pub choices: Vec<Option<Choice>>,
-    /// Its states while it is parked.
-    pub parked: Option<Parked>,
-    /// The same while it waits for seats to go on.
-    pub resting: Option<Parked>,
-}
-
-pub(super) struct Choice {
-    pub response: Response,
-    pub place: Place,
-    pub drafter: Drafter,
-    /// What its next row reads after the tokens that wait, not knowing yet whether it will be the response's.
-    pub draft: Vec<u32>,
-    /// The state after the draft and how many tokens it has read, while that is being found out.
-    pub ahead: Option<(SlotId, usize)>,
-    /// How it ended, while the state to be kept of it has still to read on.
-    pub ending: Option<Finish>,
-}
-
-/// Where a sequence's state is.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
-    pub current: SlotId,
-    /// How many tokens of the response `current` has read.
-    pub fed: usize,
-    /// An earlier state and how many tokens it has read: kept while text after it is held back, because a stop string
-    /// may yet take that text out of the response, and a recurrent state cannot unread.
-    pub anchor: Option<(SlotId, usize)>,
-    /// Other choices begin from `current` in the next step: it must not be written over in it.
-    pub shared: bool,
-}
-
-impl Place {
-    /// The slot the next step writes, of the two that are the sequence's own; never the current one if that must `stay`.
-    fn into(self, own: [SlotId; 2], stay: bool) -> SlotId {
-        let keep = stay || self.shared || self.anchor.is_some_and(|(slot, _)| slot == self.current);
-        if own.contains(&self.current) && !keep {
-            return self.current;
-        }
-        let kept = [Some(self.current), self.anchor.map(|(slot, _)| slot)];
-        own.into_iter().find(|&slot| !kept.contains(&Some(slot))).expect("one of two slots is not the anchor")
-    }
-
-    /// Whether a slot is left for what follows the current state, which stays.
-    pub fn has_spare(self, own: [SlotId; 2]) -> bool {
-        own.contains(&self.current) && self.anchor.is_none_or(|(slot, _)| slot == self.current)
-    }
 }
 
 impl Engine {
@@ -419,101 +350,4 @@ impl Engine {
         self.scheduler.commit(id, index, Next::Tokens(1 + more));
         more
     }
-
-    /// Ends a choice whose state has read on to what is kept of it.
-    fn complete(&mut self, id: JobId, index: usize) {
-        let choice = self.jobs.get_mut(&id).and_then(|live| live.choices[index].as_mut());
-        if let Some(finish) = choice.and_then(|choice| choice.ending.take()) {
-            self.finish(id, index, finish);
-        }
-    }
-
-    /// Ends a choice, and with its last choice the job.
-    fn finish(&mut self, id: JobId, index: usize, mut finish: Finish) {
-        let Some(live) = self.jobs.get_mut(&id) else { return };
-        if let Some(choice) = live.choices[index].as_mut().filter(|_| live.job.keep) {
-            let behind = choice.rewind();
-            if behind > 0 {
-                choice.ending = Some(finish);
-                return self.scheduler.commit(id, index, Next::Tokens(behind));
-            }
-        }
-        self.scheduler.commit(id, index, Next::Done);
-        let Some(Choice { mut response, place, .. }) = live.choices[index].take() else { return };
-        // What is held back at the token limit goes out now, or, when the response may go on, with what follows it.
-        if finish == Finish::Length && !live.job.keep {
-            let text = response.flush();
-            let ids = if text.is_empty() { Vec::new() } else { response.take_unreported() };
-            tell(&live.events, &mut live.job, Event::Text { choice: index, text, ids });
-            // A complete stop string had waited for a longer one that begins earlier.
-            if response.over() {
-                finish = Finish::Stop;
-            }
-        }
-        if let Some(wanted) = live.job.checkpoints.as_ref().filter(|wanted| wanted.answers) {
-            let (slot, fed) = received(&response, place);
-            let (read, answer) = (live.job.ids.len() - live.replayed, response.fed(fed).to_vec());
-            (wanted.to)(Checkpoint { read, answer, segments: self.backend.snapshot(slot) });
-        }
-        let kept = live.job.keep.then(|| Box::new(keep(live, &response, place, &*self.backend, &*self.text)));
-        let done = Event::Done { choice: index, finish, sampled: response.sampled(), kept };
-        if live.choices.iter().any(Option::is_some) {
-            return send(&live.events, done);
-        }
-        let millis = (clock::now() - live.since).as_millis() as u64;
-        let average = self.gauges.job_millis.load(Ordering::Relaxed);
-        let average = if average == 0 { millis } else { (7 * average + millis) / 8 };
-        self.gauges.job_millis.store(average, Ordering::Relaxed);
-        self.leave(id, done);
-    }
-
-    /// Sends a job's last event. Its place is free by then: who hears of the end may take it.
-    fn leave(&mut self, id: JobId, last: Event) {
-        if let Some(Live { events, permit, .. }) = self.jobs.remove(&id) {
-            drop(permit);
-            send(&events, last);
-        }
-    }
-}
-
-/// The slot of the last state that has read nothing the client did not receive, and how many tokens of the response it has.
-fn received(response: &Response, place: Place) -> (SlotId, usize) {
-    if place.fed <= response.delivered_tokens() {
-        return (place.current, place.fed);
-    }
-    place.anchor.expect("a state that has read text which is held back has an anchor before it")
-}
-
-/// The sequence as it is to be kept: a state that has read nothing the client did not receive, and what follows it.
-fn keep(live: &Live, response: &Response, place: Place, backend: &dyn Backend, text: &dyn Tokenizer) -> Kept {
-    let job = &live.job;
-    let (slot, fed) = received(response, place);
-    let pending = response.pending(fed, text);
-    let mut ids = if job.goes_on { Vec::new() } else { job.ids[..job.ids.len() - live.replayed].to_vec() };
-    ids.extend_from_slice(response.fed(fed));
-    ids.extend_from_slice(&pending.ends);
-    let memory = Memory {
-        segments: backend.snapshot(slot),
-        consumed: response.position(fed),
-        pending,
-        tail: response.tail(fed),
-        counts: response.counts(),
-    };
-    Kept { memory, ids }
-}
-
-/// Sends text, if there is any and an earlier process has not sent it.
-fn tell(events: &UnboundedSender<Event>, job: &mut Job, event: Event) {
-    if matches!(&event, Event::Text { text, .. } if text.is_empty()) {
-        return;
-    }
-    match job.replay.events.checked_sub(1) {
-        Some(left) => job.replay.events = left,
-        None => send(events, event),
-    }
-}
-
-/// Sends an event. Nobody listening is no error: the job is dropped before the next step.
-fn send(events: &UnboundedSender<Event>, event: Event) {
-    let _ = events.send(event);
 }
