@@ -10,6 +10,7 @@ mod openai;
 mod portable;
 mod reading;
 mod record;
+mod refusals;
 mod responses;
 mod sessions;
 mod sse;

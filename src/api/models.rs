@@ -7,9 +7,9 @@ use axum::extract::State;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::error::Refusals;
 use super::extract::Name;
 use super::list::{Identified, List};
+use super::refusals::Refusals;
 use super::{App, Caller, Error};
 use crate::session::{Listing, ModelCard};
 

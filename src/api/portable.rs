@@ -11,9 +11,9 @@ use futures::StreamExt;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::error::{Refusals, Unavailable};
 use super::extract::{Name, Query};
 use super::openai::ttl;
+use super::refusals::{Refusals, Unavailable};
 use super::states::{StateObject, state_id};
 use super::{App, Caller, Error, ErrorBody};
 

@@ -10,11 +10,11 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::error::{Conflicts, Refusals, Unavailable};
 use super::extract::{JsonBody, fields_of};
 use super::openai::reply::Usage;
 use super::openai::{ChatMessage, Generation, Head, Prompts, STATE_ID, message, metadata, neutral, sort_out, ttl};
 use super::record::Record;
+use super::refusals::{Conflicts, Refusals, Unavailable};
 use super::states::StateObject;
 use super::{App, Error};
 use crate::session::{Delivery, Input, Prompt, Start, Turn};

@@ -10,11 +10,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::error::Refusals;
 use super::extract::{JsonBody, Name, Query};
 use super::list::{Deleted, Identified, List, PageQuery, page};
 use super::openai::reply::Usage;
 use super::openai::{if_match, refuse_unknown};
+use super::refusals::Refusals;
 use super::states::state_id;
 use super::{App, Caller, Error, ErrorBody};
 use crate::session::{At, Branching, Listing, SessionInfo, TurnInfo};

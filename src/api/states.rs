@@ -8,9 +8,9 @@ use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::error::Refusals;
 use super::extract::{Name, Query};
 use super::list::{Deleted, Identified, List, page};
+use super::refusals::Refusals;
 use super::{App, Caller, Error};
 use crate::session::StateInfo;
 use crate::types::{SessionId, StateId};

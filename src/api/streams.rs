@@ -8,7 +8,6 @@ use axum::response::Response;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::error::{Refusals, Unavailable};
 use super::extract::{Name, Query};
 use super::openai::chat::{ChatCompletion, ChatPiece};
 use super::openai::chunks::Chunks;
@@ -16,6 +15,7 @@ use super::openai::completions::TextCompletion;
 use super::openai::form::Form;
 use super::openai::reply::{Chunk, Opening, events};
 use super::record::Record;
+use super::refusals::{Refusals, Unavailable};
 use super::responses::Teller;
 use super::{App, Caller, Error, sse};
 use crate::session::{self, Running};

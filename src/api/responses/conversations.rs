@@ -12,10 +12,10 @@ use utoipa::ToSchema;
 
 use super::item::{self, Given, GivenItem};
 use super::{Item, ItemsQuery, items};
-use crate::api::error::Refusals;
 use crate::api::extract::{JsonBody, Name, Names, Query};
 use crate::api::list::{Deleted, List};
 use crate::api::openai::{Ignored, metadata};
+use crate::api::refusals::Refusals;
 use crate::api::{App, Caller, Error};
 use crate::session::{Conversation, Listing, StoredItem};
 use crate::telemetry::clock;

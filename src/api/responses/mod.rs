@@ -19,13 +19,13 @@ pub use object::{Ask, ResponseObject, Teller};
 use place::{Begun, Stored, stored};
 use request::ResponseRequest;
 
-use super::error::{Conflicts, Refusals, Unavailable};
 use super::extract::{JsonBody, Name, Query};
 use super::list::{Deleted, List, page};
 use super::openai::form::Form;
 use super::openai::reply::{broken_off, events};
 use super::openai::{Head, Ignored};
 use super::record::Record;
+use super::refusals::{Conflicts, Refusals, Unavailable};
 use super::sse::{self, Script};
 use super::{App, Caller, Error, streams};
 use crate::session::{self, Listing, SoFar, StoredItem};
