@@ -48,6 +48,8 @@ pub enum Error {
     BinaryType(String),
     #[error("the request ran into a defect of the server")]
     Panic,
+    #[error("a model of this server has stopped; it must be started again")]
+    Stopped,
     /// Another failure, in a request where the field to blame has a name of its own.
     #[error("{error}")]
     Renamed { param: &'static str, error: Box<Error> },
@@ -92,6 +94,7 @@ impl Error {
             Readiness::Ready => None,
             Readiness::Loading => Some(session::Error::Loading.into()),
             Readiness::Draining => Some(session::Error::Draining.into()),
+            Readiness::Stopped => Some(Self::Stopped),
         }
     }
 
@@ -137,6 +140,7 @@ impl Error {
             Self::TooLarge { .. } => Wire::new(413, "request_too_large"),
             Self::ContentType(_) | Self::BinaryType(_) => Wire::new(415, "unsupported_media_type"),
             Self::Panic => Wire::new(500, "internal_error"),
+            Self::Stopped => Wire::new(503, "engine_stopped"),
             Self::Renamed { param, error } => error.wire().param(Some(param)),
             Self::UnknownState(_) => Wire::new(404, "state_not_found").param(Some("state_id")),
             Self::UnknownSession(_) => Wire::new(404, "session_not_found").param(Some("session_id")),
@@ -360,6 +364,7 @@ mod tests {
         assert_eq!(Error::from(lost).into_response().headers()["x-state-id"], state.as_str());
         let draining = Error::not_ready(Readiness::Draining).unwrap().into_response();
         assert_eq!((draining.status().as_u16(), &draining.headers()["retry-after"]), (503, &HeaderValue::from(5)));
+        assert_eq!(Error::not_ready(Readiness::Stopped).unwrap().into_response().status(), 503);
         assert!(Error::not_ready(Readiness::Ready).is_none());
     }
 }

@@ -31,7 +31,7 @@ pub async fn health() -> Json<Status> {
     Json(Status { status: "ok" })
 }
 
-/// Whether the server takes requests now: not while it loads or shuts down. Needs no key.
+/// Whether the server takes requests now: not while it loads or shuts down, nor when a model has stopped. Needs no key.
 #[utoipa::path(
     get,
     path = "/ready",

@@ -228,6 +228,11 @@ impl Handle {
         }
     }
 
+    /// Whether its thread has ended, as only a defect makes it do while there is a handle: nothing will be answered here.
+    pub fn has_stopped(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// About as long as one job takes: one place is then likely free.
     fn retry_after(&self) -> Duration {
         Duration::from_millis(self.gauges.job_millis.load(Ordering::Relaxed).clamp(250, 30_000))
@@ -241,5 +246,67 @@ impl Drop for Handle {
             // A panic of the engine was reported when it happened.
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{Row, SlotId};
+
+    /// Has a defect where no step is under way that could fail instead.
+    struct Defective;
+
+    impl Backend for Defective {
+        fn vocabulary(&self) -> usize {
+            1
+        }
+        fn slots(&self) -> usize {
+            8
+        }
+        fn step(&mut self, _: &[u32], _: &[Row], _: &mut Vec<f32>) -> Result<(), String> {
+            Ok(())
+        }
+        fn reset(&mut self, _: SlotId) {
+            panic!("the defect of a test");
+        }
+        fn restore(&mut self, _: SlotId, _: &[SegmentData]) -> Result<(), String> {
+            Ok(())
+        }
+        fn snapshot(&self, _: SlotId) -> Vec<SegmentData> {
+            Vec::new()
+        }
+        fn copy(&mut self, _: SlotId, _: SlotId) {}
+    }
+
+    #[test]
+    fn an_engine_that_has_stopped_says_so() {
+        let limits = Limits { seats: 1, queue: 1, budget: 8, busy_budget: 8 };
+        let engine = Handle::start("defective", Defective, crate::text::bytes(), limits).expect("a thread");
+        assert!(!engine.has_stopped());
+        let job = Job {
+            tenant: Tenant::local(),
+            memory: None,
+            ids: vec![0],
+            goes_on: false,
+            choices: 1,
+            first_choice: 0,
+            sampling: Sampling::default(),
+            stop: Vec::new(),
+            stop_tokens: Vec::new(),
+            trim: Trim::default(),
+            max_tokens: 1,
+            keep: false,
+            pause: Pause::default(),
+            replay: Replay::default(),
+            checkpoints: None,
+        };
+        let permit = engine.reserve(1).expect("room for one").pop().expect("one was asked for");
+        assert!(engine.submit(job.clone(), permit).blocking_recv().is_none(), "its events end");
+        while !engine.has_stopped() {
+            std::thread::yield_now();
+        }
+        let permit = engine.reserve(1).expect("its place is free").pop().expect("one was asked for");
+        assert!(matches!(engine.submit(job, permit).blocking_recv(), Some(Event::Failed(_))));
     }
 }

@@ -147,6 +147,8 @@ pub struct TurnInfo {
 pub enum Readiness {
     Loading,
     Ready,
+    /// A model's engine has stopped, which a restart mends and nothing else.
+    Stopped,
     Draining,
 }
 
@@ -253,6 +255,7 @@ impl Sessions {
         match (self.draining.load(Ordering::Acquire), self.models.get()) {
             (true, _) => Readiness::Draining,
             (false, None) => Readiness::Loading,
+            (false, Some(models)) if models.iter().any(|model| model.engine.has_stopped()) => Readiness::Stopped,
             (false, Some(_)) => Readiness::Ready,
         }
     }
