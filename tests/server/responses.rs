@@ -204,9 +204,9 @@ async fn a_deleted_response_is_gone_with_its_state() {
     client.ok(RESPONSES, third).await;
 }
 
-/// Polls until it has ended.
+/// Polls until it has ended, however busy other tests keep the model.
 async fn ended(client: &Client, id: &str) -> Value {
-    for _ in 0..20_000 {
+    for _ in 0..200_000 {
         let response = client.get(&format!("{RESPONSES}/{id}")).await.json();
         if response["status"] != "in_progress" {
             return response;
