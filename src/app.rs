@@ -202,7 +202,7 @@ fn load_model(
         0 => Speculation::Off,
         most => Speculation::UpTo(most),
     };
-    let backend = ModelBackend::new(model, 2 * seats, team.clone())?.speculating(speculation);
+    let backend = ModelBackend::new(model, seats, team.clone())?.speculating(speculation);
     let limits = Limits { seats, queue: engine.queue, budget: engine.budget, busy_budget: engine.busy_budget };
     let engine = Handle::start(&name, backend, text.clone(), limits).context("starting the engine thread")?;
     let card = ModelCard {

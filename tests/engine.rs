@@ -318,9 +318,11 @@ proptest! {
     fn states_on_the_way_have_read_what_they_say(
         prompt in "[ab]{1,60}", at in proptest::collection::btree_set(1usize..60, 0..8), seed: u64, choices in 1usize..4,
         stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé", "\u{20ac}"], 0..3),
-        start: bool, end: bool, keep: bool, max_tokens in 1u64..30, drafts in 0usize..5,
+        start: bool, end: bool, keep: bool, max_tokens in 1u64..30, drafts in 0usize..5, spare in 0usize..5,
     ) {
-        let engine = engine(repetitive(37, drafts));
+        // In slots to spare, states are left in the middle of a step.
+        let slots = [repetitive(37, drafts).memory, vec![f32::NAN; spare]].concat();
+        let engine = engine(Toy { memory: slots, ..repetitive(37, drafts) });
         let mut plain = job(&prompt);
         plain.sampling.seed = seed;
         (plain.stop, plain.trim) = (stops, Trim { start, end });
