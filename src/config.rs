@@ -361,6 +361,9 @@ impl Config {
         if *disk_bytes > 0 && (url.is_empty() || dir == ":memory:") {
             return wrong("states.disk_bytes", "is for states that are in a bucket, and needs `states.dir`");
         }
+        if self.prefix_cache.disk_bytes > 0 && dir == ":memory:" {
+            return wrong("prefix_cache.disk_bytes", "is for states that are kept in `states.dir`, and that is `:memory:`");
+        }
         for (n, key) in self.key.iter().enumerate() {
             if self.key[..n].iter().any(|other| other.name == key.name || other.hash == key.hash) {
                 return wrong(&format!("key.{n}"), &format!("has a name or a hash that another has: `{}`", key.name));

@@ -1,5 +1,7 @@
 //! With the prefix cache or without, on a toy backend: the same requests give the same answers, states and records.
 
+#[path = "prefix/disk.rs"]
+mod disk;
 #[path = "support/toy.rs"]
 #[allow(dead_code, reason = "no test here makes it fail")]
 mod toy;
@@ -15,7 +17,7 @@ use rewake::session::{
     Delivery, Event, InitialStates, Input, Model, ModelCard, Page, PrefixLimits, Prompt, Running, Sessions, Start,
     StateReceipt, Turn, TurnLimits,
 };
-use rewake::state::{Archive, InMemory};
+use rewake::state::{Archive, InMemory, Store};
 use rewake::text;
 use rewake::types::{Finish, Memory, Message, Role, Sampling, Segment, SegmentData, SessionId, StateId, Tenant};
 use toy::Toy;
@@ -34,10 +36,10 @@ struct Side {
 }
 
 fn side(prefix: &PrefixLimits) -> Side {
-    side_of(prefix, LIMITS)
+    side_of(prefix, LIMITS, None)
 }
 
-fn side_of(prefix: &PrefixLimits, limits: Limits) -> Side {
+fn side_of(prefix: &PrefixLimits, limits: Limits, disk: Option<Arc<dyn Store>>) -> Side {
     let toy = Toy::new(2 * limits.seats + SPARE);
     let (read, steps) = (toy.tokens.clone(), toy.steps.clone());
     let (text, profile) = (text::bytes(), text::builtin("world").expect("a built-in profile"));
@@ -72,7 +74,7 @@ fn side_of(prefix: &PrefixLimits, limits: Limits) -> Side {
         seats: limits.seats,
     };
     let archive = Archive::new(Arc::new(InMemory::default()));
-    let sessions = Sessions::new(archive.clone(), TurnLimits::default(), None).with_prefix_cache(prefix);
+    let sessions = Sessions::new(archive.clone(), TurnLimits::default(), None).with_prefix_cache(prefix, disk);
     sessions.open(vec![model]);
     Side { sessions, archive, read, steps }
 }
@@ -205,7 +207,12 @@ struct World {
 impl World {
     fn new(bytes: u64) -> Self {
         let sides = [
-            side(&PrefixLimits { enabled: true, bytes, ..PrefixLimits::default() }),
+            // In little room, most of what is known is on disk, where there is little room too.
+            side_of(
+                &PrefixLimits { enabled: true, bytes, disk_bytes: 20 * bytes, ..PrefixLimits::default() },
+                LIMITS,
+                Some(Arc::new(InMemory::default())),
+            ),
             side(&PrefixLimits { enabled: false, ..PrefixLimits::default() }),
         ];
         Self { sides, states: Vec::new(), heads: [None, None] }
@@ -388,7 +395,7 @@ fn prompt(which: bool, len: usize, rest: String) -> Turn {
 async fn what_is_kept_of_a_new_prompt_costs_no_steps() {
     let usual = Limits { budget: 512, busy_budget: 64, ..LIMITS };
     let steps = async |enabled: bool| {
-        let side = side_of(&PrefixLimits { enabled, ..PrefixLimits::default() }, usual);
+        let side = side_of(&PrefixLimits { enabled, ..PrefixLimits::default() }, usual, None);
         side.run(prompt(true, 1400, String::new())).await.expect("an answer");
         side.steps.load(Ordering::SeqCst)
     };
@@ -399,7 +406,7 @@ async fn what_is_kept_of_a_new_prompt_costs_no_steps() {
 async fn two_prompts_that_share_half_of_their_tokens_share_it_whoever_comes_first() {
     let usual = Limits { budget: 512, busy_budget: 64, ..LIMITS };
     for first in [0, 1] {
-        let side = side_of(&PrefixLimits::default(), usual);
+        let side = side_of(&PrefixLimits::default(), usual, None);
         let turn = |n: usize| prompt(true, 700, ["x", "y"][n].repeat(700));
         side.run(turn(first)).await.expect("an answer");
         let second = side.run(turn(1 - first)).await.expect("an answer");

@@ -28,7 +28,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::engine;
 pub use crate::state::At;
-use crate::state::{self, Archive};
+use crate::state::{self, Archive, Store};
 use crate::text::{Profile, Tokenizer};
 use crate::types::{Message, Sampling, Segment, SessionId, StateId, Tenant, TurnUsage};
 use prefix::PrefixCache;
@@ -231,9 +231,17 @@ impl Sessions {
         Self { hub: Arc::new(Hub::new(limits, shared)), ..self }
     }
 
-    /// Keeps what turns have read, so that no turn reads it again.
-    pub fn with_prefix_cache(self, limits: &PrefixLimits) -> Self {
-        Self { prefix: PrefixCache::new(limits).map(Arc::new), ..self }
+    /// Keeps what turns have read, so that no turn reads it again; what has no room in memory in `disk`, if it is given, where a
+    /// later process finds it. With one, within an async runtime.
+    pub fn with_prefix_cache(self, limits: &PrefixLimits, disk: Option<Arc<dyn Store>>) -> Self {
+        Self { prefix: PrefixCache::new(limits, disk).map(Arc::new), ..self }
+    }
+
+    /// Waits until the prefix cache has seen what is on disk and written what it has to.
+    pub async fn prefix_settled(&self) {
+        if let Some(prefix) = &self.prefix {
+            prefix.settled().await;
+        }
     }
 
     /// Begins to serve these models; the first is the default. Only the first call counts.

@@ -40,6 +40,13 @@ const PREFIX_SPACING: &str = "rewake_prefix_spacing_tokens";
 const PREFIX_BYTES: &str = "rewake_prefix_bytes";
 const PREFIX_STATES: &str = "rewake_prefix_states";
 const PREFIX_EVICTIONS: &str = "rewake_prefix_evictions_total";
+const PREFIX_DISK_BYTES: &str = "rewake_prefix_disk_bytes";
+const PREFIX_DISK_STATES: &str = "rewake_prefix_disk_states";
+const PREFIX_DISK_HITS: &str = "rewake_prefix_disk_hits_total";
+const PREFIX_DISK_WRITTEN: &str = "rewake_prefix_disk_written_total";
+const PREFIX_DISK_LOST: &str = "rewake_prefix_disk_lost_total";
+const PREFIX_DISK_DAMAGED: &str = "rewake_prefix_disk_damaged_total";
+const PREFIX_DISK_EVICTIONS: &str = "rewake_prefix_disk_evictions_total";
 const STREAMS_ACTIVE: &str = "rewake_streams_active";
 
 /// Upper bounds in seconds, from a step of a tiny model to a very long answer.
@@ -107,6 +114,13 @@ fn describe() {
     describe_gauge!(PREFIX_BYTES, Unit::Bytes, "Bytes the prefix cache takes.");
     describe_gauge!(PREFIX_STATES, Unit::Count, "States in the prefix cache.");
     describe_counter!(PREFIX_EVICTIONS, Unit::Count, "States the prefix cache gave up for want of room.");
+    describe_gauge!(PREFIX_DISK_BYTES, Unit::Bytes, "Bytes of the prefix cache's files on disk.");
+    describe_gauge!(PREFIX_DISK_STATES, Unit::Count, "States of the prefix cache on disk.");
+    describe_counter!(PREFIX_DISK_HITS, Unit::Count, "Texts of which the prefix cache found a longer beginning on disk.");
+    describe_counter!(PREFIX_DISK_WRITTEN, Unit::Count, "States the prefix cache wrote to disk.");
+    describe_counter!(PREFIX_DISK_LOST, Unit::Count, "States that could not be written to disk, or not quickly enough.");
+    describe_counter!(PREFIX_DISK_DAMAGED, Unit::Count, "Files of the prefix cache that were not what they should be.");
+    describe_counter!(PREFIX_DISK_EVICTIONS, Unit::Count, "Files the prefix cache removed for want of room.");
     describe_gauge!(STREAMS_ACTIVE, Unit::Count, "Event streams being written.");
 }
 
@@ -199,6 +213,33 @@ pub fn prefix_holds(bytes: u64, states: usize, evicted: u64) {
     gauge!(PREFIX_BYTES).set(bytes as f64);
     gauge!(PREFIX_STATES).set(states as f64);
     counter!(PREFIX_EVICTIONS).increment(evicted);
+}
+
+/// What the prefix cache has on disk now, and how many files were just removed for want of room.
+pub fn prefix_disk_holds(bytes: u64, states: usize, evicted: u64) {
+    gauge!(PREFIX_DISK_BYTES).set(bytes as f64);
+    gauge!(PREFIX_DISK_STATES).set(states as f64);
+    counter!(PREFIX_DISK_EVICTIONS).increment(evicted);
+}
+
+/// A longer beginning of a text than in memory was found on disk.
+pub fn prefix_disk_hit(model: &str) {
+    counter!(PREFIX_DISK_HITS, "model" => model.to_owned()).increment(1);
+}
+
+/// A state of the prefix cache is on disk.
+pub fn prefix_disk_written() {
+    counter!(PREFIX_DISK_WRITTEN).increment(1);
+}
+
+/// A state that the prefix cache gave up did not come to disk.
+pub fn prefix_disk_lost() {
+    counter!(PREFIX_DISK_LOST).increment(1);
+}
+
+/// A file of the prefix cache is not what its name says.
+pub fn prefix_disk_damaged() {
+    counter!(PREFIX_DISK_DAMAGED).increment(1);
 }
 
 /// Counts one event stream for as long as it lives.
