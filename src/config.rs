@@ -362,7 +362,10 @@ impl Config {
             return wrong("states.disk_bytes", "is for states that are in a bucket, and needs `states.dir`");
         }
         if self.prefix_cache.disk_bytes > 0 && dir == ":memory:" {
-            return wrong("prefix_cache.disk_bytes", "is for states that are kept in `states.dir`, and that is `:memory:`");
+            return wrong(
+                "prefix_cache.disk_bytes",
+                "is for states that are kept in `states.dir`, and that is `:memory:`",
+            );
         }
         for (n, key) in self.key.iter().enumerate() {
             if self.key[..n].iter().any(|other| other.name == key.name || other.hash == key.hash) {

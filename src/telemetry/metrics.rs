@@ -116,9 +116,17 @@ fn describe() {
     describe_counter!(PREFIX_EVICTIONS, Unit::Count, "States the prefix cache gave up for want of room.");
     describe_gauge!(PREFIX_DISK_BYTES, Unit::Bytes, "Bytes of the prefix cache's files on disk.");
     describe_gauge!(PREFIX_DISK_STATES, Unit::Count, "States of the prefix cache on disk.");
-    describe_counter!(PREFIX_DISK_HITS, Unit::Count, "Texts of which the prefix cache found a longer beginning on disk.");
+    describe_counter!(
+        PREFIX_DISK_HITS,
+        Unit::Count,
+        "Texts of which the prefix cache found a longer beginning on disk."
+    );
     describe_counter!(PREFIX_DISK_WRITTEN, Unit::Count, "States the prefix cache wrote to disk.");
-    describe_counter!(PREFIX_DISK_LOST, Unit::Count, "States that could not be written to disk, or not quickly enough.");
+    describe_counter!(
+        PREFIX_DISK_LOST,
+        Unit::Count,
+        "States that could not be written to disk, or not quickly enough."
+    );
     describe_counter!(PREFIX_DISK_DAMAGED, Unit::Count, "Files of the prefix cache that were not what they should be.");
     describe_counter!(PREFIX_DISK_EVICTIONS, Unit::Count, "Files the prefix cache removed for want of room.");
     describe_gauge!(STREAMS_ACTIVE, Unit::Count, "Event streams being written.");

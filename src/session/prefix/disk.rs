@@ -106,7 +106,13 @@ impl Disk {
     }
 
     /// The state that has read most of a text, if that is at least `least` ids, and how many.
-    pub async fn fetch(&self, source: &Source, ids: &[u32], least: usize, model: &Model) -> Option<(usize, Arc<Memory>)> {
+    pub async fn fetch(
+        &self,
+        source: &Source,
+        ids: &[u32],
+        least: usize,
+        model: &Model,
+    ) -> Option<(usize, Arc<Memory>)> {
         let (tenant, root) = (&source.tenant, Mark::of_root(&source.root, ARITHMETIC));
         // The last token must be read anyhow.
         let range = (least.saturating_sub(1), ids.len().saturating_sub(1));

@@ -134,7 +134,13 @@ impl Ledger {
 
     /// The file that has read most of a text, of those with more than `known` and at most `most` ids; and how many tokens it
     /// saved when it was filed.
-    pub fn find(&self, tenant: &Tenant, root: Mark, ids: &[u32], (known, most): (usize, usize)) -> Option<(Label, usize)> {
+    pub fn find(
+        &self,
+        tenant: &Tenant,
+        root: Mark,
+        ids: &[u32],
+        (known, most): (usize, usize),
+    ) -> Option<(Label, usize)> {
         let share = self.tenants.get(tenant)?;
         let (mut beginnings, mut found, mut depth) = (Beginnings::new(ids), None, known + 1);
         let first = |depth: usize| Label { root, depth, text: Mark([0; 32]) };
