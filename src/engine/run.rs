@@ -142,6 +142,8 @@ impl Engine {
                 self.seats - self.scheduler.free_seats(),
                 self.seats,
             );
+            let parked = self.jobs.values().filter_map(|live| live.parked.as_ref());
+            metrics::parked(&self.name, parked.clone().count(), parked.map(|parked| parked.bytes).sum());
             let plan = self.scheduler.plan();
             if !plan.spans.is_empty() {
                 self.step(&plan);

@@ -33,6 +33,8 @@ const STATE_STORE_DURATION: &str = "rewake_state_store_duration_seconds";
 const STATE_BYTES: &str = "rewake_state_stored_bytes_total";
 const STATES_REBUILT: &str = "rewake_states_rebuilt_total";
 const SWEPT: &str = "rewake_swept_total";
+const PARKED: &str = "rewake_parked_jobs";
+const PARKED_BYTES: &str = "rewake_parked_bytes";
 const PREFIX_LOOKUPS: &str = "rewake_prefix_lookups_total";
 const PREFIX_TOKENS: &str = "rewake_prefix_tokens_total";
 const PREFIX_WAITS: &str = "rewake_prefix_waits_total";
@@ -97,6 +99,8 @@ fn describe() {
     describe_counter!(STEPS, Unit::Count, "Forward steps of the model.");
     describe_counter!(STEP_TOKENS, Unit::Count, "Tokens read by forward steps.");
     describe_histogram!(STEP_DURATION, Unit::Seconds, "Time of one forward step, sampling included.");
+    describe_gauge!(PARKED, Unit::Count, "Answers that wait, without a seat, for a reader who was lost.");
+    describe_gauge!(PARKED_BYTES, Unit::Bytes, "Bytes of the states of parked answers.");
     describe_counter!(STATES_STORED, Unit::Count, "States made durable.");
     describe_counter!(STATES_FAILED, Unit::Count, "States that could not be stored though their answer arrived.");
     describe_histogram!(STATE_STORE_DURATION, Unit::Seconds, "Time to make one state durable.");
@@ -173,6 +177,12 @@ pub fn step(model: &str, tokens: usize, took: Duration) {
     counter!(STEPS, "model" => model.to_owned()).increment(1);
     counter!(STEP_TOKENS, "model" => model.to_owned()).increment(tokens as u64);
     histogram!(STEP_DURATION, "model" => model.to_owned()).record(took);
+}
+
+/// How many jobs wait for their readers without a seat, and what their states take.
+pub fn parked(model: &str, jobs: usize, bytes: u64) {
+    gauge!(PARKED, "model" => model.to_owned()).set(jobs as f64);
+    gauge!(PARKED_BYTES, "model" => model.to_owned()).set(bytes as f64);
 }
 
 /// A draft of one answer was compared with what was sampled.
@@ -294,6 +304,7 @@ mod tests {
         time_between_tokens("m", took);
         occupancy("m", 3, 2, 8);
         step("m", 5, took);
+        parked("m", 2, 70);
         speculation("m", 7, 3);
         state_stored(1000, took);
         state_failed();
@@ -317,6 +328,8 @@ mod tests {
             (r#"rewake_seats_total{model="m"}"#, 8.0),
             (r#"rewake_steps_total{model="m"}"#, 1.0),
             (r#"rewake_step_tokens_total{model="m"}"#, 5.0),
+            (r#"rewake_parked_jobs{model="m"}"#, 2.0),
+            (r#"rewake_parked_bytes{model="m"}"#, 70.0),
             (r#"rewake_drafted_tokens_total{model="m"}"#, 7.0),
             (r#"rewake_drafted_tokens_accepted_total{model="m"}"#, 3.0),
             (r#"rewake_prefix_lookups_total{model="m",outcome="hit"}"#, 1.0),
