@@ -180,6 +180,9 @@ pub struct Model {
     pub seats: usize,
 }
 
+/// How long a server that stops writes what its prefix cache has in memory.
+const HANDING_OVER: Duration = Duration::from_secs(10);
+
 /// The use-cases, for every model and tenant of this server.
 pub struct Sessions {
     /// The first is the default. Set once they are loaded.
@@ -271,12 +274,17 @@ impl Sessions {
         self.turns.close();
     }
 
-    /// Waits for the running turns to end, and ends them when `deadline` is over. After [`drain`](Self::drain).
+    /// Waits for the running turns to end, and ends them when `deadline` is over; then hands the prefix cache to the next process,
+    /// where it has a disk, within seconds. After [`drain`](Self::drain).
     pub async fn finish(&self, deadline: Duration) {
         if tokio::time::timeout(deadline, self.turns.wait()).await.is_err() {
             tracing::warn!(turns = self.turns.len(), "ending turns that did not finish in time");
             self.stop.cancel();
             self.turns.wait().await;
+        }
+        if let Some(prefix) = &self.prefix {
+            // What is not written by then is read again.
+            let _ = tokio::time::timeout(HANDING_OVER, prefix.hand_over()).await;
         }
     }
 

@@ -70,10 +70,7 @@ impl Disk {
             while let Some(gone) = arrivals.recv().await {
                 let Some(disk) = weak.upgrade() else { return };
                 let bytes = gone.memory.bytes();
-                if let Err(error) = disk.write(gone).await {
-                    metrics::prefix_disk_lost();
-                    tracing::warn!(%error, "a state of a text could not be put on disk");
-                }
+                disk.write_now(gone).await;
                 disk.due.send_modify(|due| (due.states, due.bytes) = (due.states - 1, due.bytes - bytes));
             }
         });
@@ -96,6 +93,14 @@ impl Disk {
         // The task ends with the process.
         if !taken || self.filing.send(gone).is_err() {
             metrics::prefix_disk_lost();
+        }
+    }
+
+    /// Puts a state on disk. That it cannot be is no error of anybody's request.
+    pub async fn write_now(&self, gone: Gone) {
+        if let Err(error) = self.write(gone).await {
+            metrics::prefix_disk_lost();
+            tracing::warn!(%error, "a state of a text could not be put on disk");
         }
     }
 

@@ -137,6 +137,16 @@ impl PrefixCache {
         }
     }
 
+    /// Puts what is in memory on disk, for the next process.
+    pub async fn hand_over(&self) {
+        let Some(disk) = &self.disk else { return };
+        let all = self.lock().shelf.clear();
+        for gone in all {
+            disk.write_now(gone).await;
+        }
+        disk.settled().await;
+    }
+
     /// Keeps the state of a text, and says so.
     fn keep(&self, source: &Source, ids: &[u32], memory: Arc<Memory>) {
         let mut inside = self.lock();

@@ -166,6 +166,17 @@ impl Shelf {
         share.forest.get(hit).map(|entry| entry.memory.clone())
     }
 
+    /// Gives all up, what is worth most first.
+    pub fn clear(&mut self) -> Vec<Gone> {
+        let mut gone = Vec::new();
+        for (tenant, mut share) in std::mem::take(&mut self.tenants) {
+            let of_one = std::iter::from_fn(|| share.give_up(&tenant).map(|gone| (share.floor, gone)));
+            gone.extend(of_one);
+        }
+        gone.sort_by_key(|(rank, _)| std::cmp::Reverse(*rank));
+        gone.into_iter().map(|(_, gone)| gone).collect()
+    }
+
     /// Keeps a state that has read `ids`. Gives back what had to go for it, to be dropped where that keeps nobody waiting.
     pub fn put(&mut self, tenant: &Tenant, root: &Root, ids: &[u32], memory: Arc<Memory>) -> Vec<Gone> {
         let bytes = memory.bytes() + 4 * memory.tail.len() as u64;
