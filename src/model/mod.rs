@@ -43,7 +43,7 @@ pub use registry::{LoadOptions, load};
 pub use weights::{Checkpoint, Lora, TensorInfo};
 
 /// Revision of the arithmetic: raised whenever the same weights and tokens may give other bits than before.
-pub const ARITHMETIC: &str = "cpu-f32-2";
+pub const ARITHMETIC: &str = "cpu-3";
 
 /// Why a model cannot be loaded or run.
 #[derive(Debug, thiserror::Error)]

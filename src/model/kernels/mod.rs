@@ -5,16 +5,20 @@
 //! which sequences, or how many threads a call is for. The matrix kernels also use the registers of AVX-512, where each sum is
 //! the same chain of fused multiply-adds, so that not a bit is different.
 
+mod activations;
 mod blocks;
 mod burn;
 mod copy;
 mod deep_embed;
+mod dots;
 mod elementwise;
 mod embed_attention;
 mod kind;
 mod matmul;
 mod norm;
 mod quants;
+#[cfg(test)]
+mod random;
 #[cfg(target_arch = "x86_64")]
 mod simd;
 mod team;
@@ -84,6 +88,12 @@ pub fn fused() -> bool {
 #[cfg(target_arch = "x86_64")]
 pub fn wide() -> bool {
     fused() && is_x86_feature_detected!("avx512f")
+}
+
+/// Whether there are dot products of bytes in registers of 512 bits.
+#[cfg(target_arch = "x86_64")]
+pub fn dots() -> bool {
+    wide() && is_x86_feature_detected!("avx512vnni")
 }
 
 /// Compiles one body for both instruction sets; the body may name the arithmetic `A`.

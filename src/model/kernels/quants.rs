@@ -1,50 +1,52 @@
 //! Panels of quantised weights: integers side by side by outputs, with the scales of each run of inputs before them.
 //!
-//! Every kind's values are `d · q + m`, with q a small integer, d and m of a run of inputs and an output. They are unpacked to
-//! f32 where they are used, rounded as ggml rounds them, and then added up as weights of single values are: a quantised
-//! matrix computes what the f32 matrix of its values would, to the last bit. Few rows of x unpack in registers, more rows
-//! unpack a stretch of a panel once for all of them. Activations are never quantised.
+//! Every kind's values are `d · q - d · offset` or `d · q + m`, with q a small integer without sign, d and m of a run of inputs and
+//! an output. [`super::dots`] multiplies them.
 
 use std::marker::PhantomData;
-use std::ops::Range;
 
 use super::blocks::from_f16;
 use super::kind::Kind;
-use super::matmul::{PANEL, Packed};
+use super::matmul::PANEL;
 use super::parallel_chunks;
 #[cfg(target_arch = "x86_64")]
-use super::simd::Vector;
-#[cfg(target_arch = "x86_64")]
-use super::tile::{AHEAD, fetch};
+use super::simd::{Dot, Vector};
+
+/// Inputs whose integers stand together: eight quads, which are the four inputs whose products a lane adds up at once.
+pub const GROUP: usize = 32;
+/// Bytes of a quad's integers of eight bits.
+pub const QUAD: usize = 4 * PANEL;
 
 /// How a kind's values are made.
 #[derive(Clone, Copy, Debug)]
-struct Shape {
+pub struct Shape {
     /// Bits of an integer: 4, 5, 6 or 8.
-    bits: usize,
+    pub bits: usize,
     /// What is taken off each integer.
-    offset: f32,
-    /// Inputs that share scales.
-    run: usize,
+    pub offset: i32,
+    /// Whether something is added to each value.
+    pub added: bool,
+    /// Inputs that share scales: 16 or 32.
+    pub run: usize,
     /// Bytes of scales for each output of a block.
     scales: usize,
 }
 
 const fn shape(kind: Kind) -> Shape {
-    let (bits, offset, run, scales) = match kind {
-        Kind::Q8_0 => (8, 0.0, 32, 2),
-        Kind::Q4_0 => (4, 8.0, 32, 2),
-        Kind::Q4_1 => (4, 0.0, 32, 4),
-        Kind::Q5_0 => (5, 16.0, 32, 2),
-        Kind::Q5_1 => (5, 0.0, 32, 4),
+    let (bits, offset, added, run, scales) = match kind {
+        Kind::Q8_0 => (8, 128, false, 32, 2),
+        Kind::Q4_0 => (4, 8, false, 32, 2),
+        Kind::Q4_1 => (4, 0, true, 32, 4),
+        Kind::Q5_0 => (5, 16, false, 32, 2),
+        Kind::Q5_1 => (5, 0, true, 32, 4),
         // d, dmin; then a scale and a minimum for each run.
-        Kind::Q4K => (4, 0.0, 32, 4 + 16),
-        Kind::Q5K => (5, 0.0, 32, 4 + 16),
+        Kind::Q4K => (4, 0, true, 32, 4 + 16),
+        Kind::Q5K => (5, 0, true, 32, 4 + 16),
         // d; then a scale with sign for each run.
-        Kind::Q6K => (6, 32.0, 16, 2 + 16),
-        Kind::F32 | Kind::F16 | Kind::BF16 => (0, 0.0, 1, 0),
+        Kind::Q6K => (6, 32, false, 16, 2 + 16),
+        Kind::F32 | Kind::F16 | Kind::BF16 => (0, 0, false, 1, 0),
     };
-    Shape { bits, offset, run, scales }
+    Shape { bits, offset, added, run, scales }
 }
 
 /// A packed matrix of `outputs × inputs` in a quantised kind.
@@ -52,14 +54,12 @@ const fn shape(kind: Kind) -> Shape {
 pub struct Quants {
     kind: Kind,
     inputs: usize,
-    /// `[⌈outputs / PANEL⌉, inputs / block]` blocks of a panel: scales `[scales, PANEL]`, then the integers' lower 8 or 4
-    /// bits, then what they have above 4.
+    /// `[⌈outputs / PANEL⌉, inputs / block]` blocks of a panel: scales `[scales, PANEL]`, then group by group the integers.
     bytes: Vec<u8>,
 }
 
 /// One output's block: its integers and scales.
 struct Plain {
-    /// Unsigned, but for kinds of 8 bits.
     q: [u8; 256],
     scales: [u8; 20],
 }
@@ -77,7 +77,8 @@ fn plain(kind: Kind, block: &[u8]) -> Plain {
     let bit = |at: usize, n: usize| block[at + n / 8] >> (n % 8) & 1;
     for (n, q) in plain.q[..kind.block()].iter_mut().enumerate() {
         *q = match kind {
-            Kind::Q8_0 => block[2 + n],
+            // From -128 … 127 to 0 … 255.
+            Kind::Q8_0 => block[2 + n] ^ 128,
             Kind::Q4_0 => nibble(&block[2..], 16, n),
             Kind::Q4_1 => nibble(&block[4..], 16, n),
             Kind::Q5_0 => nibble(&block[6..], 16, n) | bit(2, n) << 4,
@@ -119,24 +120,37 @@ fn plain(kind: Kind, block: &[u8]) -> Plain {
     plain
 }
 
-/// Where the 4 lower bits of an integer are among those of a block of a panel: byte and shift. Two inputs share 32 bytes,
-/// seen as eight words of 32 bits: word l has the outputs l, l + 8, l + 16, l + 24 of the first input, then of the second, so that
-/// a shift and a mask give eight outputs side by side.
-const fn place4(input: usize, output: usize) -> (usize, usize) {
-    let nibble = input % 2 * 4 + output / 8;
-    (input / 2 * 32 + output % 8 * 4 + nibble / 2, nibble % 2 * 4)
+/// Puts an integer among those of a group, which are zero where none was put. A quad is `[PANEL, 4]`: the four inputs of an output are
+/// one word of a register. Two quads share the bytes of one in their lower and upper four bits; behind all of them, eight
+/// quads share those of the fifth bits, four those of two more bits each.
+fn put(bits: usize, group: &mut [u8], (input, output): (usize, usize), value: u8) {
+    let (quad, at) = (input / 4, output * 4 + input % 4);
+    if bits == 8 {
+        group[quad * QUAD + at] = value;
+        return;
+    }
+    let (low, high) = group.split_at_mut(4 * QUAD);
+    low[quad / 2 * QUAD + at] |= (value & 15) << (quad % 2 * 4);
+    match bits {
+        5 => high[at] |= (value >> 4) << quad,
+        6 => high[quad / 4 * QUAD + at] |= (value >> 4) << (quad % 4 * 2),
+        _ => {}
+    }
 }
 
-/// The same for a single bit: eight inputs share 32 bytes.
-const fn place1(input: usize, output: usize) -> (usize, usize) {
-    let bit = input % 8 * 4 + output / 8;
-    (input / 8 * 32 + output % 8 * 4 + bit / 8, bit % 8)
-}
-
-/// The same for two bits: four inputs share 32 bytes.
-const fn place2(input: usize, output: usize) -> (usize, usize) {
-    let pair = input % 4 * 4 + output / 8;
-    (input / 4 * 32 + output % 8 * 4 + pair / 4, pair % 4 * 2)
+/// What [`put`] has put there.
+fn get(bits: usize, group: &[u8], (input, output): (usize, usize)) -> u8 {
+    let (quad, at) = (input / 4, output * 4 + input % 4);
+    if bits == 8 {
+        return group[quad * QUAD + at];
+    }
+    let (low, high) = group.split_at(4 * QUAD);
+    let above = match bits {
+        5 => high[at] >> quad & 1,
+        6 => high[quad / 4 * QUAD + at] >> (quad % 4 * 2) & 3,
+        _ => 0,
+    };
+    low[quad / 2 * QUAD + at] >> (quad % 2 * 4) & 15 | above << 4
 }
 
 impl Quants {
@@ -184,67 +198,43 @@ impl Quants {
                 }
             }
         }
-        let high = kind.block() / 2 * PANEL;
+        let size = GROUP * PANEL * shape.bits / 8;
         for (input, &value) in plain.q[..kind.block()].iter().enumerate() {
-            if shape.bits == 8 {
-                q[input * PANEL + output] = value;
-                continue;
-            }
-            let (at, shift) = place4(input, output);
-            q[at] |= (value & 15) << shift;
-            if shape.bits == 5 {
-                let (at, shift) = place1(input, output);
-                q[high + at] |= (value >> 4) << shift;
-            } else if shape.bits == 6 {
-                let (at, shift) = place2(input, output);
-                q[high + at] |= (value >> 4) << shift;
-            }
+            put(shape.bits, &mut q[input / GROUP * size..][..size], (input % GROUP, output), value);
         }
     }
 
-    fn blocks(&self) -> usize {
-        self.inputs / self.kind.block()
-    }
-
-    /// Runs `with` on this as a matrix of its kind.
-    pub fn packed<R>(&self, with: impl WithPacked<R>) -> R {
+    /// Runs `with` on this as quants of a kind that the compiler knows.
+    pub fn with_form<R>(&self, with: impl WithForm<R>) -> R {
         match self.kind {
-            Kind::Q8_0 => with.call(&Of::<Q8_0>(self, PhantomData)),
-            Kind::Q4_0 => with.call(&Of::<Q4_0>(self, PhantomData)),
-            Kind::Q4_1 => with.call(&Of::<Q4_1>(self, PhantomData)),
-            Kind::Q5_0 => with.call(&Of::<Q5_0>(self, PhantomData)),
-            Kind::Q5_1 => with.call(&Of::<Q5_1>(self, PhantomData)),
-            Kind::Q4K => with.call(&Of::<Q4K>(self, PhantomData)),
-            Kind::Q5K => with.call(&Of::<Q5K>(self, PhantomData)),
-            Kind::Q6K => with.call(&Of::<Q6K>(self, PhantomData)),
+            Kind::Q8_0 => with.call(&Of::<Q8_0>::new(self)),
+            Kind::Q4_0 => with.call(&Of::<Q4_0>::new(self)),
+            Kind::Q4_1 => with.call(&Of::<Q4_1>::new(self)),
+            Kind::Q5_0 => with.call(&Of::<Q5_0>::new(self)),
+            Kind::Q5_1 => with.call(&Of::<Q5_1>::new(self)),
+            Kind::Q4K => with.call(&Of::<Q4K>::new(self)),
+            Kind::Q5K => with.call(&Of::<Q5K>::new(self)),
+            Kind::Q6K => with.call(&Of::<Q6K>::new(self)),
             Kind::F32 | Kind::F16 | Kind::BF16 => unreachable!("only quantised kinds are packed here"),
         }
     }
 }
 
-/// What is done with a matrix whatever its kind: a closure that is generic.
-pub trait WithPacked<R> {
-    fn call(self, packed: &impl Packed) -> R;
-}
-
-/// Repeats a body for n = 0 to 7, each time compiled for that n.
-#[cfg(target_arch = "x86_64")]
-macro_rules! unroll {
-    ($n:ident => $body:block) => {
-        unroll!(@ $n $body 0 1 2 3 4 5 6 7)
-    };
-    (@ $n:ident $body:block $($value:literal)*) => {
-        $({
-            const $n: usize = $value;
-            $body
-        })*
-    };
+/// What is done with quants whatever their kind: a closure that is generic.
+pub trait WithForm<R> {
+    fn call<F: Form>(self, quants: &Of<F>) -> R;
 }
 
 /// A kind whose kernels are compiled for it.
-trait Form: Sync {
+pub trait Form: Sync {
     const KIND: Kind;
-    const FORM: Shape = shape(Self::KIND);
+    const SHAPE: Shape = shape(Self::KIND);
+    /// Groups in a block.
+    const GROUPS: usize = Self::KIND.block() / GROUP;
+    /// Bytes of a group's integers.
+    const GROUP_BYTES: usize = GROUP * PANEL * Self::SHAPE.bits / 8;
+    /// Bytes of a block's scales.
+    const SCALES: usize = Self::SHAPE.scales * PANEL;
 }
 
 macro_rules! forms {
@@ -258,30 +248,83 @@ macro_rules! forms {
 forms!(Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4K Q5K Q6K);
 
 /// Quants of a kind that the compiler knows.
-struct Of<'a, F>(&'a Quants, PhantomData<F>);
+pub struct Of<'a, F>(&'a Quants, PhantomData<F>);
 
-impl<F: Form> Of<'_, F> {
-    const BLOCK: usize = F::KIND.block();
-    const RUN: usize = F::FORM.run;
-    const SCALES: usize = F::FORM.scales * PANEL;
-    /// Bytes of the lower bits of a block.
-    const LOW: usize = F::KIND.block() * PANEL * (if F::FORM.bits == 8 { 8 } else { 4 }) / 8;
-    const BYTES: usize = PANEL * (F::FORM.scales + F::KIND.block() * F::FORM.bits / 8);
+impl<'a, F: Form> Of<'a, F> {
+    const BYTES: usize = F::SCALES + F::GROUPS * F::GROUP_BYTES;
 
-    fn panel(&self, panel: usize) -> &[u8] {
-        let size = self.0.blocks() * Self::BYTES;
-        &self.0.bytes[panel * size..][..size]
+    fn new(quants: &'a Quants) -> Self {
+        Self(quants, PhantomData)
     }
 
-    /// `d` and `m` of a run of a block at the outputs from `output` on.
+    /// Some blocks of a panel: those of some groups, from one on that begins a block.
+    pub fn part(&self, panel: usize, groups: std::ops::Range<usize>) -> Part<'a, F> {
+        let first = panel * (self.0.inputs / F::KIND.block());
+        let (from, to) = (first + groups.start / F::GROUPS, first + groups.end.div_ceil(F::GROUPS));
+        Part(&self.0.bytes[from * Self::BYTES..to * Self::BYTES], PhantomData)
+    }
+}
+
+/// Blocks of a panel, one after the other; groups are counted from the first.
+pub struct Part<'a, F>(&'a [u8], PhantomData<F>);
+
+impl<F: Form> Part<'_, F> {
+    pub fn bytes(&self) -> &[u8] {
+        self.0
+    }
+
+    /// Where a group's block and its integers begin.
+    #[inline(always)]
+    fn at(group: usize) -> (usize, usize) {
+        let block = group / F::GROUPS * Of::<F>::BYTES;
+        (block, block + F::SCALES + group % F::GROUPS * F::GROUP_BYTES)
+    }
+
+    /// `d` and `m` of a run of a group at an output.
+    pub fn plain_scales(&self, (group, run): (usize, usize), output: usize) -> (f32, f32) {
+        let block = &self.0[Self::at(group).0..];
+        let run = group % F::GROUPS * (GROUP / F::SHAPE.run) + run;
+        let word = |word: usize| {
+            let at = (word * PANEL + output) * 2;
+            from_f16([block[at], block[at + 1]])
+        };
+        let byte = |at: usize| block[at * PANEL + output];
+        let d = word(0);
+        match F::KIND {
+            Kind::Q4_1 | Kind::Q5_1 => (d, word(1)),
+            Kind::Q4K | Kind::Q5K => (d * f32::from(byte(4 + run)), -word(1) * f32::from(byte(12 + run))),
+            Kind::Q6K => (d * f32::from(byte(2 + run).cast_signed()), 0.0),
+            _ => (d, 0.0),
+        }
+    }
+
+    /// The integer of an input of a group at an output.
+    pub fn plain_integer(&self, group: usize, (input, output): (usize, usize)) -> u8 {
+        get(F::SHAPE.bits, &self.0[Self::at(group).1..][..F::GROUP_BYTES], (input, output))
+    }
+
+    /// A group's integers as they are stored.
     ///
     /// # Safety
-    /// As [`Vector`]; `block` is a whole one of a panel, with that run and those outputs.
+    /// The part has that group.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn scales<V: Vector>(block: *const u8, run: usize, output: usize) -> (V, V) {
-        // SAFETY: words of two bytes and single bytes for every output of a panel, as `put` has laid them out.
+    pub unsafe fn stored(&self, group: usize) -> *const u8 {
+        // SAFETY: inside the part.
+        unsafe { self.0.as_ptr().add(Self::at(group).1) }
+    }
+
+    /// `d` and `m` of a run of a group at the outputs from `output` on; m is 0 where none is added.
+    ///
+    /// # Safety
+    /// As [`Vector`]; the part has that group, the group that run, and a panel those outputs.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub unsafe fn scales<V: Vector>(&self, (group, run): (usize, usize), output: usize) -> (V, V) {
+        // SAFETY: words of two bytes and single bytes for every output of a panel, as `Quants::put` has laid them out.
         unsafe {
+            let block = self.0.as_ptr().add(Self::at(group).0);
+            let run = group % F::GROUPS * (GROUP / F::SHAPE.run) + run;
             let word = |word: usize| V::from_f16(block.add((word * PANEL + output) * 2));
             let byte = |at: usize| block.add(at * PANEL + output);
             let d = word(0);
@@ -291,167 +334,32 @@ impl<F: Form> Of<'_, F> {
                     let m = word(1).times(V::splat(-1.0)).times(V::from_u8(byte(12 + run)));
                     (d.times(V::from_u8(byte(4 + run))), m)
                 }
-                Kind::Q6K => {
-                    let d = d.times(V::from_i8(byte(2 + run)));
-                    (d, d.times(V::splat(-F::FORM.offset)))
-                }
-                _ => (d, d.times(V::splat(-F::FORM.offset))),
+                Kind::Q6K => (d.times(V::from_i8(byte(2 + run))), V::splat(0.0)),
+                _ => (d, V::splat(0.0)),
             }
         }
     }
 
-    /// The integers of an input of a block, `eight + n`, at the outputs from `output` on. `eight` is a multiple of eight, and
-    /// what depends on `n` only is known to the compiler.
+    /// The integers of quad `n` of a group at the outputs from `output` on; `n` is known to the compiler.
     ///
     /// # Safety
-    /// As [`Vector`]; `low` are the integers of a whole block of a panel, with that input and those outputs.
+    /// As [`Dot`]; the part has that group, and a panel those outputs.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn integers<V: Vector>(low: *const u8, (eight, n): (usize, usize), output: usize) -> V {
-        let group = (output / 8) as i32;
-        // SAFETY: where `put` has put them, see `place4`, `place1` and `place2`.
+    pub unsafe fn quad<V: Dot>(&self, group: usize, n: usize, output: usize) -> V::Bytes {
+        // SAFETY: where `put` has put them.
         unsafe {
-            let high = low.add(Self::LOW);
-            let four = || V::words(low.add(eight * 16 + n / 2 * 32), (n % 2 * 16) as i32 + 4 * group, 4, 15);
-            match F::FORM.bits {
-                8 => V::from_i8(low.add((eight + n) * PANEL + output)),
-                4 => V::from_nibbles(low.add(eight * 16 + n / 2 * 32), (n % 2 * 16) as i32 + 4 * group, 4),
-                5 => {
-                    let above = V::words(high.add(eight * 4), (n * 4) as i32 + group, 1, 1);
-                    V::from_words(V::join(four(), above))
-                }
-                _ => {
-                    let above = V::words(high.add(eight * 8 + n / 4 * 32), (n % 4 * 8) as i32 + 2 * group, 2, 3);
-                    V::from_words(V::join(four(), above))
-                }
+            let bytes = self.stored(group).add(4 * output);
+            if F::SHAPE.bits == 8 {
+                return V::bytes(bytes.add(n * QUAD));
+            }
+            let low = V::bits(V::bytes(bytes.add(n / 2 * QUAD)), (n % 2 * 4) as i32, 0x0f);
+            let high = bytes.add(4 * QUAD);
+            match F::SHAPE.bits {
+                5 => V::or(low, V::bits(V::bytes(high), n as i32 - 4, 0x10)),
+                6 => V::or(low, V::bits(V::bytes(high.add(n / 4 * QUAD)), (n % 4 * 2) as i32 - 4, 0x30)),
+                _ => low,
             }
         }
     }
-}
-
-impl<F: Form> Packed for Of<'_, F> {
-    fn stored(&self, panel: usize, inputs: Range<usize>) -> &[u8] {
-        // Of a block that is larger than a stretch, its share.
-        let at = |input: usize| input * Self::BYTES / Self::BLOCK;
-        &self.panel(panel)[at(inputs.start)..at(inputs.end)]
-    }
-
-    fn unpack_plain(&self, panel: usize, inputs: Range<usize>, out: &mut [f32]) {
-        let blocks = self.panel(panel);
-        for (input, out) in inputs.zip(out.as_chunks_mut::<PANEL>().0) {
-            let block = &blocks[input / Self::BLOCK * Self::BYTES..][..Self::BYTES];
-            let input = input % Self::BLOCK;
-            for (output, out) in out.iter_mut().enumerate() {
-                let (d, m) = scale(F::KIND, block, input / Self::RUN, output);
-                // d · q has no more digits than an f32: here, too, only the sum is rounded.
-                *out = d * integer(F::KIND, &block[Self::SCALES..], input, output) + m;
-            }
-        }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    unsafe fn unpack<V: Vector>(&self, panel: usize, inputs: Range<usize>, out: &mut [f32]) {
-        let blocks = self.panel(panel);
-        assert!(inputs.start.is_multiple_of(Self::RUN) && out.len() == inputs.len() * PANEL);
-        let mut out = out.as_mut_ptr();
-        for first in inputs.step_by(Self::RUN) {
-            let block = &blocks[first / Self::BLOCK * Self::BYTES..][..Self::BYTES];
-            let first = first % Self::BLOCK;
-            for output in (0..PANEL).step_by(V::LANES) {
-                // SAFETY: the caller has looked for the features; the block is whole, and `out` has a place for each value.
-                unsafe {
-                    let (d, m) = Self::scales::<V>(block.as_ptr(), first / Self::RUN, output);
-                    for eight in (0..Self::RUN).step_by(8) {
-                        unroll!(N => {
-                            let q = Self::integers::<V>(block.as_ptr().add(Self::SCALES), (first + eight, N), output);
-                            q.fma(d, m).store(out.add((eight + N) * PANEL + output));
-                        });
-                    }
-                }
-            }
-            out = out.wrapping_add(Self::RUN * PANEL);
-        }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    unsafe fn few<V: Vector, const R: usize>(
-        &self,
-        panel: usize,
-        (x, stride): (&[f32], usize),
-        sums: &mut [[f32; PANEL]],
-    ) {
-        assert!(sums.len() == R && x.len() >= (R - 1) * stride + self.0.inputs);
-        // SAFETY: the caller has looked for the features; blocks are whole, and each row has a value for every input.
-        unsafe {
-            let mut acc = [[V::splat(0.0); MOST_VECTORS]; R];
-            let vectors = PANEL / V::LANES;
-            for (n, block) in self.panel(panel).chunks_exact(Self::BYTES).enumerate() {
-                let (block, x) = (block.as_ptr(), x.as_ptr().add(n * Self::BLOCK));
-                for run in 0..Self::BLOCK / Self::RUN {
-                    let mut scales = [(V::splat(0.0), V::splat(0.0)); MOST_VECTORS];
-                    for (v, scales) in scales.iter_mut().enumerate().take(vectors) {
-                        *scales = Self::scales::<V>(block, run, v * V::LANES);
-                    }
-                    for eight in (run * Self::RUN..(run + 1) * Self::RUN).step_by(8) {
-                        unroll!(N => {
-                            fetch(block.wrapping_add(AHEAD + (eight + N) * Self::LOW / Self::BLOCK));
-                            for v in 0..vectors {
-                                let q = Self::integers::<V>(block.add(Self::SCALES), (eight, N), v * V::LANES);
-                                let weight = q.fma(scales[v].0, scales[v].1);
-                                for (r, acc) in acc.iter_mut().enumerate() {
-                                    acc[v] = V::splat(*x.add(r * stride + eight + N)).fma(weight, acc[v]);
-                                }
-                            }
-                        });
-                    }
-                }
-            }
-            for (acc, sums) in acc.iter().zip(sums) {
-                for (v, acc) in acc.iter().enumerate().take(vectors) {
-                    acc.store(sums.as_mut_ptr().add(v * V::LANES));
-                }
-            }
-        }
-    }
-}
-
-/// Vectors of a panel in the narrowest registers.
-#[cfg(target_arch = "x86_64")]
-const MOST_VECTORS: usize = PANEL / 8;
-
-/// `d` and `m` of a run of a block at an output.
-fn scale(kind: Kind, block: &[u8], run: usize, output: usize) -> (f32, f32) {
-    let word = |word: usize| {
-        let at = (word * PANEL + output) * 2;
-        from_f16([block[at], block[at + 1]])
-    };
-    let byte = |at: usize| block[at * PANEL + output];
-    let d = word(0);
-    match kind {
-        Kind::Q4_1 | Kind::Q5_1 => (d, word(1)),
-        Kind::Q4K | Kind::Q5K => (d * f32::from(byte(4 + run)), -(word(1) * f32::from(byte(12 + run)))),
-        Kind::Q6K => {
-            let d = d * f32::from(byte(2 + run).cast_signed());
-            (d, -shape(kind).offset * d)
-        }
-        _ => (d, -shape(kind).offset * d),
-    }
-}
-
-/// The integer of an input of a block at an output.
-fn integer(kind: Kind, q: &[u8], input: usize, output: usize) -> f32 {
-    let bits = shape(kind).bits;
-    if bits == 8 {
-        return f32::from(q[input * PANEL + output].cast_signed());
-    }
-    let (low, high) = q.split_at(kind.block() / 2 * PANEL);
-    let of = |bytes: &[u8], (at, shift): (usize, usize), mask: u8| bytes[at] >> shift & mask;
-    let above = match bits {
-        5 => of(high, place1(input, output), 1),
-        6 => of(high, place2(input, output), 3),
-        _ => 0,
-    };
-    f32::from(of(low, place4(input, output), 15) | above << 4)
 }

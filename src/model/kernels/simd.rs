@@ -1,7 +1,7 @@
-//! Vectors of f32, of 256 and of 512 bits: the matrix kernels are written once over [`Vector`].
+//! Vectors of 256 and of 512 bits: the matrix kernels are written once over [`Vector`] and, for integers, [`Dot`].
 //!
-//! Both widths do the same to each lane, with one rounding for each fused multiply-add, so a kernel's results do not depend on
-//! the width.
+//! Both widths do the same to each lane, with one rounding for each fused multiply-add and none for integers, so a kernel's
+//! results do not depend on the width.
 
 use std::arch::x86_64::*;
 
@@ -9,11 +9,9 @@ use std::arch::x86_64::*;
 ///
 /// # Safety
 /// Every function needs the processor's features: AVX2, FMA and F16C for [`Narrow`], AVX-512F besides for [`Wide`]. Those
-/// that take a pointer need `LANES` values behind it, but for [`Vector::words`].
+/// that take a pointer need `LANES` values behind it.
 pub trait Vector: Copy {
     const LANES: usize;
-    /// As many integers of 32 bits.
-    type Words: Copy;
 
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(p: *const f32) -> Self;
@@ -27,14 +25,40 @@ pub trait Vector: Copy {
     unsafe fn from_bf16(p: *const u8) -> Self;
     unsafe fn from_u8(p: *const u8) -> Self;
     unsafe fn from_i8(p: *const u8) -> Self;
-    /// Of eight words of 32 bits at `p`: the bits `mask` of each, shifted down by `shift`; then, for the next eight lanes,
-    /// of the same words, shifted down by `shift + step`.
-    unsafe fn words(p: *const u8, shift: i32, step: i32, mask: i32) -> Self::Words;
-    /// The same of four bits, as f32.
-    unsafe fn from_nibbles(p: *const u8, shift: i32, step: i32) -> Self;
-    /// `low | high << 4`.
-    unsafe fn join(low: Self::Words, high: Self::Words) -> Self::Words;
-    unsafe fn from_words(words: Self::Words) -> Self;
+}
+
+/// Dot products of small integers: each lane multiplies four unsigned bytes (of a weight's four inputs) by four signed ones
+/// (of the activations) and adds them up.
+///
+/// # Safety
+/// As [`Vector`]; for [`Wide`] the processor also needs AVX-512 VNNI. Pointers to bytes need four for each lane.
+pub trait Dot: Vector {
+    /// Four bytes a lane.
+    type Bytes: Copy;
+    /// Sums under way.
+    type Sums: Copy;
+
+    unsafe fn bytes(p: *const u8) -> Self::Bytes;
+    unsafe fn put(bytes: Self::Bytes, p: *mut u8);
+    /// The bits of `mask` of each byte shifted right by `right`; left where that is negative.
+    unsafe fn bits(bytes: Self::Bytes, right: i32, mask: u8) -> Self::Bytes;
+    unsafe fn or(a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    /// The same four signed bytes in every lane.
+    unsafe fn quad(p: *const [i8; 4]) -> Self::Bytes;
+    unsafe fn start(sum: i32) -> Self::Sums;
+    /// Adds the `n`th product of a sum of `count`; weights have `width` bits, so many that the compiler knows, as it does
+    /// `n` and `count`. Activations are between -127 and 127.
+    unsafe fn dot(sums: Self::Sums, weights: Self::Bytes, x: Self::Bytes, place: Place) -> Self::Sums;
+    /// The sums as f32: exactly, below 2²⁴.
+    unsafe fn end(sums: Self::Sums) -> Self;
+}
+
+/// Which product of a sum it is, and how wide the weights are.
+#[derive(Clone, Copy)]
+pub struct Place {
+    pub n: usize,
+    pub count: usize,
+    pub width: usize,
 }
 
 /// Eight values.
@@ -49,7 +73,6 @@ pub struct Wide(__m512);
 // read `LANES` values.
 impl Vector for Narrow {
     const LANES: usize = 8;
-    type Words = __m256i;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -102,34 +125,10 @@ impl Vector for Narrow {
         // SAFETY: the trait's contract.
         Self(unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) })
     }
-    #[inline(always)]
-    unsafe fn words(p: *const u8, shift: i32, _: i32, mask: i32) -> __m256i {
-        // SAFETY: the trait's contract.
-        unsafe {
-            let words = _mm256_srl_epi32(_mm256_loadu_si256(p.cast()), _mm_cvtsi32_si128(shift));
-            _mm256_and_si256(words, _mm256_set1_epi32(mask))
-        }
-    }
-    #[inline(always)]
-    unsafe fn from_nibbles(p: *const u8, shift: i32, step: i32) -> Self {
-        // SAFETY: the trait's contract.
-        unsafe { Self::from_words(Self::words(p, shift, step, 15)) }
-    }
-    #[inline(always)]
-    unsafe fn join(low: __m256i, high: __m256i) -> __m256i {
-        // SAFETY: the trait's contract.
-        unsafe { _mm256_or_si256(low, _mm256_slli_epi32::<4>(high)) }
-    }
-    #[inline(always)]
-    unsafe fn from_words(words: __m256i) -> Self {
-        // SAFETY: the trait's contract.
-        Self(unsafe { _mm256_cvtepi32_ps(words) })
-    }
 }
 
 impl Vector for Wide {
     const LANES: usize = 16;
-    type Words = __m512i;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -183,34 +182,128 @@ impl Vector for Wide {
         // SAFETY: the trait's contract.
         Self(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) })
     }
+}
+
+impl Dot for Narrow {
+    type Bytes = __m256i;
+    /// Sums of 32 bits, and sums of 16 bits that have not been added to them yet.
+    type Sums = (__m256i, __m256i);
+
     #[inline(always)]
-    unsafe fn words(p: *const u8, shift: i32, step: i32, mask: i32) -> __m512i {
+    unsafe fn bytes(p: *const u8) -> __m256i {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn put(bytes: __m256i, p: *mut u8) {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_storeu_si256(p.cast(), bytes) }
+    }
+    #[inline(always)]
+    unsafe fn bits(bytes: __m256i, right: i32, mask: u8) -> __m256i {
         // SAFETY: the trait's contract.
         unsafe {
-            let shifts = _mm512_inserti64x4::<1>(_mm512_set1_epi32(shift), _mm256_set1_epi32(shift + step));
-            let words = _mm512_broadcast_i64x4(_mm256_loadu_si256(p.cast()));
-            _mm512_and_si512(_mm512_srlv_epi32(words, shifts), _mm512_set1_epi32(mask))
+            let moved = match right {
+                0 => bytes,
+                1.. => _mm256_srl_epi32(bytes, _mm_cvtsi32_si128(right)),
+                _ => _mm256_sll_epi32(bytes, _mm_cvtsi32_si128(-right)),
+            };
+            _mm256_and_si256(moved, _mm256_set1_epi8(mask.cast_signed()))
         }
     }
     #[inline(always)]
-    unsafe fn from_nibbles(p: *const u8, shift: i32, step: i32) -> Self {
+    unsafe fn or(a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_or_si256(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn quad(p: *const [i8; 4]) -> __m256i {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_set1_epi32(p.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn start(sum: i32) -> (__m256i, __m256i) {
+        // SAFETY: the trait's contract.
+        unsafe { (_mm256_set1_epi32(sum), _mm256_setzero_si256()) }
+    }
+    #[inline(always)]
+    unsafe fn dot((sum, short): Self::Sums, weights: __m256i, x: __m256i, place: Place) -> Self::Sums {
         // SAFETY: the trait's contract.
         unsafe {
-            let shifts = _mm512_inserti64x4::<1>(_mm512_set1_epi32(shift), _mm256_set1_epi32(shift + step));
-            let words = _mm512_srlv_epi32(_mm512_broadcast_i64x4(_mm256_loadu_si256(p.cast())), shifts);
-            // Looking a value up takes its four lowest bits and nothing else: one operation instead of two.
-            let values = _mm512_cvtepi32_ps(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-            Self(_mm512_permutexvar_ps(words, values))
+            if place.width == 8 {
+                // Pairs of products of eight bits do not fit 16 bits: every second byte by itself.
+                let even = |bytes| _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(bytes));
+                let evens = _mm256_madd_epi16(_mm256_and_si256(weights, _mm256_set1_epi16(255)), even(x));
+                let odds = _mm256_madd_epi16(_mm256_srli_epi16::<8>(weights), _mm256_srai_epi16::<8>(x));
+                return (_mm256_add_epi32(_mm256_add_epi32(sum, evens), odds), short);
+            }
+            // So many pairs of products do.
+            let fit = (i16::MAX as usize / (2 * 127 * ((1 << place.width) - 1))).min(place.count);
+            let pairs = _mm256_maddubs_epi16(weights, x);
+            let short = if place.n.is_multiple_of(fit) { pairs } else { _mm256_add_epi16(short, pairs) };
+            if (place.n + 1).is_multiple_of(fit) {
+                (_mm256_add_epi32(sum, _mm256_madd_epi16(short, _mm256_set1_epi16(1))), short)
+            } else {
+                (sum, short)
+            }
         }
     }
     #[inline(always)]
-    unsafe fn join(low: __m512i, high: __m512i) -> __m512i {
+    unsafe fn end((sum, _): Self::Sums) -> Self {
         // SAFETY: the trait's contract.
-        unsafe { _mm512_or_si512(low, _mm512_slli_epi32::<4>(high)) }
+        Self(unsafe { _mm256_cvtepi32_ps(sum) })
+    }
+}
+
+impl Dot for Wide {
+    type Bytes = __m512i;
+    type Sums = __m512i;
+
+    #[inline(always)]
+    unsafe fn bytes(p: *const u8) -> __m512i {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_loadu_si512(p.cast()) }
     }
     #[inline(always)]
-    unsafe fn from_words(words: __m512i) -> Self {
+    unsafe fn put(bytes: __m512i, p: *mut u8) {
         // SAFETY: the trait's contract.
-        Self(unsafe { _mm512_cvtepi32_ps(words) })
+        unsafe { _mm512_storeu_si512(p.cast(), bytes) }
+    }
+    #[inline(always)]
+    unsafe fn bits(bytes: __m512i, right: i32, mask: u8) -> __m512i {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let moved = match right {
+                0 => bytes,
+                1.. => _mm512_srl_epi32(bytes, _mm_cvtsi32_si128(right)),
+                _ => _mm512_sll_epi32(bytes, _mm_cvtsi32_si128(-right)),
+            };
+            _mm512_and_si512(moved, _mm512_set1_epi8(mask.cast_signed()))
+        }
+    }
+    #[inline(always)]
+    unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn quad(p: *const [i8; 4]) -> __m512i {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn start(sum: i32) -> __m512i {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_set1_epi32(sum) }
+    }
+    #[inline(always)]
+    unsafe fn dot(sums: __m512i, weights: __m512i, x: __m512i, _: Place) -> __m512i {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_dpbusd_epi32(sums, weights, x) }
+    }
+    #[inline(always)]
+    unsafe fn end(sums: __m512i) -> Self {
+        // SAFETY: the trait's contract.
+        Self(unsafe { _mm512_cvtepi32_ps(sums) })
     }
 }

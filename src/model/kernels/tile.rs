@@ -1,11 +1,8 @@
 //! The innermost loops of the matrix kernels: some rows of x times some inputs of a panel, in the registers there are.
 
-use std::ops::Range;
-
-use super::matmul::{PANEL, Packed};
+use super::matmul::PANEL;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Narrow, Vector, Wide};
-#[cfg(target_arch = "x86_64")]
 use super::weight::Stored;
 use super::{Arith, Plain};
 
@@ -39,63 +36,98 @@ pub fn fetch(p: *const u8) {
     unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) };
 }
 
-/// `sums [rows, PANEL]` = as many rows of `x`, `stride` apart, times a panel; no more rows than [`few`].
-pub fn few_rows(packed: &impl Packed, panel: usize, x: (&[f32], usize), sums: &mut [[f32; PANEL]]) {
+/// `sums [rows, PANEL]` = as many rows of `x`, `stride` apart, times `weights [inputs, PANEL]`; no more rows than [`few`].
+pub fn few_rows<T: Stored>(weights: &[T], x: (&[f32], usize), sums: &mut [[f32; PANEL]]) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-        fn wide<const R: usize>(p: &impl Packed, panel: usize, x: (&[f32], usize), sums: &mut [[f32; PANEL]]) {
+        fn wide<T: Stored, const R: usize>(weights: &[T], x: (&[f32], usize), sums: &mut [[f32; PANEL]]) {
             // SAFETY: the features are there.
-            unsafe { p.few::<Wide, R>(panel, x, sums) }
+            unsafe { few_of::<Wide, T, R>(weights, x, sums) }
         }
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn narrow<const R: usize>(p: &impl Packed, panel: usize, x: (&[f32], usize), sums: &mut [[f32; PANEL]]) {
+        fn narrow<T: Stored, const R: usize>(weights: &[T], x: (&[f32], usize), sums: &mut [[f32; PANEL]]) {
             // SAFETY: the features are there.
-            unsafe { p.few::<Narrow, R>(panel, x, sums) }
+            unsafe { few_of::<Narrow, T, R>(weights, x, sums) }
         }
         // SAFETY: `few` and `wide` have looked for the features.
         unsafe {
             match (sums.len(), super::wide()) {
                 (0, _) => {}
-                (1, true) => wide::<1>(packed, panel, x, sums),
-                (2, true) => wide::<2>(packed, panel, x, sums),
-                (3, true) => wide::<3>(packed, panel, x, sums),
-                (4, true) => wide::<4>(packed, panel, x, sums),
-                (1, false) => narrow::<1>(packed, panel, x, sums),
-                (2, false) => narrow::<2>(packed, panel, x, sums),
-                (3, false) => narrow::<3>(packed, panel, x, sums),
+                (1, true) => wide::<T, 1>(weights, x, sums),
+                (2, true) => wide::<T, 2>(weights, x, sums),
+                (3, true) => wide::<T, 3>(weights, x, sums),
+                (4, true) => wide::<T, 4>(weights, x, sums),
+                (1, false) => narrow::<T, 1>(weights, x, sums),
+                (2, false) => narrow::<T, 2>(weights, x, sums),
+                (3, false) => narrow::<T, 3>(weights, x, sums),
                 (rows, _) => unreachable!("{rows} rows are not few"),
             }
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (packed, panel, x, sums);
+    let _ = (weights, x, sums);
 }
 
-/// `out [inputs, PANEL]` = some inputs of a panel as f32.
-pub fn unpack(packed: &impl Packed, panel: usize, inputs: Range<usize>, out: &mut [f32]) {
+/// [`few_rows`] in registers of one width.
+///
+/// # Safety
+/// As [`Vector`].
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub unsafe fn few_of<V: Vector, T: Stored, const R: usize>(
+    weights: &[T],
+    x: (&[f32], usize),
+    sums: &mut [[f32; PANEL]],
+) {
+    // SAFETY: the caller has looked for the features.
+    unsafe {
+        let ahead = weights.as_ptr().cast::<u8>().wrapping_add(AHEAD);
+        match T::BYTES {
+            2 => add::<V, T, R, 4, { 2 * PANEL }>(weights, x, (sums, 0), ahead),
+            _ => add::<V, T, R, 4, { 4 * PANEL }>(weights, x, (sums, 0), ahead),
+        }
+    }
+}
+
+/// `out` = as many values as f32.
+pub fn unpack<T: Stored>(values: &[T], out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-        fn wide(packed: &impl Packed, panel: usize, inputs: Range<usize>, out: &mut [f32]) {
+        fn wide<T: Stored>(values: &[T], out: &mut [f32]) {
             // SAFETY: the features are there.
-            unsafe { packed.unpack::<Wide>(panel, inputs, out) }
+            unsafe { unpack_of::<Wide, T>(values, out) }
         }
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn narrow(packed: &impl Packed, panel: usize, inputs: Range<usize>, out: &mut [f32]) {
+        fn narrow<T: Stored>(values: &[T], out: &mut [f32]) {
             // SAFETY: the features are there.
-            unsafe { packed.unpack::<Narrow>(panel, inputs, out) }
+            unsafe { unpack_of::<Narrow, T>(values, out) }
         }
         if super::wide() {
             // SAFETY: the processor has these features.
-            return unsafe { wide(packed, panel, inputs, out) };
+            return unsafe { wide(values, out) };
         }
         if super::fused() {
             // SAFETY: the processor has these features.
-            return unsafe { narrow(packed, panel, inputs, out) };
+            return unsafe { narrow(values, out) };
         }
     }
-    packed.unpack_plain(panel, inputs, out);
+    out.iter_mut().zip(values).for_each(|(out, value)| *out = value.to_f32());
+}
+
+/// [`unpack`] in registers of one width.
+///
+/// # Safety
+/// As [`Vector`].
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub unsafe fn unpack_of<V: Vector, T: Stored>(values: &[T], out: &mut [f32]) {
+    assert!(values.len() == out.len() && out.len().is_multiple_of(PANEL));
+    for at in (0..out.len()).step_by(V::LANES) {
+        // SAFETY: the caller has looked for the features; so many values from `at` are inside both.
+        unsafe { T::load::<V>(values.as_ptr().add(at)).store(out.as_mut_ptr().add(at)) };
+    }
 }
 
 /// Adds to `sums [rows, PANEL]` what as many rows of `x`, `stride` apart, and `weights [inputs, PANEL]` make, and meanwhile asks
