@@ -37,12 +37,21 @@ pub struct App {
 impl App {
     /// Opens the state store and builds the routes; `/ready` says "loading" until [`Sessions::open`].
     pub async fn new(config: &Config) -> anyhow::Result<Self> {
-        let store = store(&config.states).await?;
-        Self::with_store(config, store)
+        let (store, prefixes) = (store(&config.states).await?, prefixes(config).await?);
+        Self::with_stores(config, store, prefixes)
     }
 
-    /// As [`App::new`], over a store of the caller's.
+    /// As [`App::new`], over a store of the caller's, and with the prefix cache in memory only.
     pub fn with_store(config: &Config, store: Arc<dyn Store>) -> anyhow::Result<Self> {
+        Self::with_stores(config, store, None)
+    }
+
+    /// As [`App::new`], over stores of the caller's, of which the second is the prefix cache's.
+    pub fn with_stores(
+        config: &Config,
+        store: Arc<dyn Store>,
+        prefixes: Option<Arc<dyn Store>>,
+    ) -> anyhow::Result<Self> {
         let ttl = (config.states.default_ttl_s > 0).then_some(config.states.default_ttl_s);
         let storage = Storage { precision: config.states.precision, compress: config.states.compress };
         let archive = Archive::new(store).storing(storage).with_grace(config.states.grace_s);
@@ -52,7 +61,7 @@ impl App {
         let sessions = Arc::new(
             Sessions::new(archive, config.turns.clone(), ttl)
                 .with_policy(policy)
-                .with_prefix_cache(&config.prefix_cache)
+                .with_prefix_cache(&config.prefix_cache, prefixes)
                 .with_streams(config.streams.clone(), !config.states.url.is_empty()),
         );
         let router = api::router(api::App {
@@ -108,6 +117,14 @@ async fn store(states: &config::States) -> anyhow::Result<Arc<dyn Store>> {
         return Ok(Arc::new(InMemory::default()));
     }
     Ok(Arc::new(Local::open(state_dir(states)?).await?))
+}
+
+/// Where states of texts go that have no room in memory. They are this machine's own, also where servers share a bucket.
+async fn prefixes(config: &Config) -> anyhow::Result<Option<Arc<dyn Store>>> {
+    if !config.prefix_cache.enabled || config.prefix_cache.disk_bytes == 0 {
+        return Ok(None);
+    }
+    Ok(Some(Arc::new(Local::open(state_dir(&config.states)?.join("prefixes")).await?)))
 }
 
 /// Memory before the disk before the bucket.
@@ -202,7 +219,7 @@ fn load_model(
         0 => Speculation::Off,
         most => Speculation::UpTo(most),
     };
-    let backend = ModelBackend::new(model, 2 * seats, team.clone())?.speculating(speculation);
+    let backend = ModelBackend::new(model, seats, team.clone())?.speculating(speculation);
     let limits = Limits { seats, queue: engine.queue, budget: engine.budget, busy_budget: engine.busy_budget };
     let engine = Handle::start(&name, backend, text.clone(), limits).context("starting the engine thread")?;
     let card = ModelCard {

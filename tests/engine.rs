@@ -318,9 +318,11 @@ proptest! {
     fn states_on_the_way_have_read_what_they_say(
         prompt in "[ab]{1,60}", at in proptest::collection::btree_set(1usize..60, 0..8), seed: u64, choices in 1usize..4,
         stops in proptest::collection::vec(prop_oneof!["\n\n", "ab\n", " U", "aé", "\u{20ac}"], 0..3),
-        start: bool, end: bool, keep: bool, max_tokens in 1u64..30, drafts in 0usize..5,
+        start: bool, end: bool, keep: bool, max_tokens in 1u64..30, drafts in 0usize..5, spare in 0usize..5,
     ) {
-        let engine = engine(repetitive(37, drafts));
+        // In slots to spare, states are left in the middle of a step.
+        let slots = [repetitive(37, drafts).memory, vec![f32::NAN; spare]].concat();
+        let engine = engine(Toy { memory: slots, ..repetitive(37, drafts) });
         let mut plain = job(&prompt);
         plain.sampling.seed = seed;
         (plain.stop, plain.trim) = (stops, Trim { start, end });
@@ -431,6 +433,62 @@ proptest! {
             prop_assert!(sampled.is_empty() || all.starts_with(&sampled[..answer.len().min(sampled.len())]));
         }
     }
+}
+
+#[test]
+fn a_parked_job_hands_out_no_more_states_and_is_told_of() {
+    let engine = Handle::start("parked", toy(), text::bytes(), LIMITS).expect("a thread");
+    let (mut job, seen) = watched(job(&"ab".repeat(100)), vec![50, 100, 150, 200], true);
+    let recorder = Arc::downgrade(&job.checkpoints.as_ref().expect("they are wanted").to);
+    let metrics = rewake::telemetry::metrics::install().expect("the process's metrics");
+    let metric = |name: &str| -> f64 {
+        let series = format!("rewake_parked_{name}{{model=\"parked\"}} ");
+        let text = metrics.render();
+        text.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok()).unwrap_or(0.0)
+    };
+    // It is held before it begins: whoever waits for its states hears at once that none will come.
+    job.pause.set(true);
+    let (pause, plain) = (job.pause.clone(), Job { checkpoints: None, pause: Pause::default(), ..job.clone() });
+    let kept = std::mem::take(&mut job.checkpoints);
+    let events = submit(&engine, Job { checkpoints: kept, ..job });
+    let gone = || recorder.upgrade().is_none();
+    while !gone() || metric("jobs") != 1.0 {
+        std::thread::yield_now();
+    }
+    let alone = run(&engine, plain).0;
+    pause.set(false);
+    engine.look();
+    let answers = collect(events, 1).expect("an answer");
+    assert_eq!(answers[0].0, alone);
+    assert!(seen.lock().expect("no panic").is_empty());
+    run(&engine, self::job("a"));
+    assert_eq!((metric("jobs"), metric("bytes")), (0.0, 0.0));
+}
+
+#[test]
+fn a_job_that_is_parked_while_it_reads_keeps_the_states_it_had_handed_out() {
+    let engine = Handle::start("resting", toy(), text::bytes(), LIMITS).expect("a thread");
+    let pause = Pause::default();
+    let (holds, seen) = (pause.clone(), Arc::<Mutex<Vec<usize>>>::default());
+    let to: Arc<dyn Fn(Checkpoint) + Send + Sync> = Arc::new({
+        let seen = seen.clone();
+        move |checkpoint: Checkpoint| {
+            seen.lock().expect("no panic").push(checkpoint.read);
+            // On the engine's own thread, so it is parked before its next step.
+            holds.set(true);
+        }
+    });
+    let recorder = Arc::downgrade(&to);
+    let plain = job(&"ab".repeat(100));
+    let checkpoints = Some(Checkpoints { at: vec![50, 100, 150, 200], answers: true, to });
+    let events = submit(&engine, Job { checkpoints, pause: pause.clone(), ..plain.clone() });
+    while recorder.upgrade().is_some() {
+        std::thread::yield_now();
+    }
+    pause.set(false);
+    engine.look();
+    assert_eq!(collect(events, 1).expect("an answer")[0].0, run(&engine, plain).0);
+    assert_eq!(*seen.lock().expect("no panic"), [50]);
 }
 
 fn every(mut events: UnboundedReceiver<Event>) -> Vec<Event> {

@@ -1,5 +1,7 @@
 //! With the prefix cache or without, on a toy backend: the same requests give the same answers, states and records.
 
+#[path = "prefix/disk.rs"]
+mod disk;
 #[path = "support/toy.rs"]
 #[allow(dead_code, reason = "no test here makes it fail")]
 mod toy;
@@ -15,23 +17,31 @@ use rewake::session::{
     Delivery, Event, InitialStates, Input, Model, ModelCard, Page, PrefixLimits, Prompt, Running, Sessions, Start,
     StateReceipt, Turn, TurnLimits,
 };
-use rewake::state::{Archive, InMemory};
+use rewake::state::{Archive, InMemory, Store};
 use rewake::text;
 use rewake::types::{Finish, Memory, Message, Role, Sampling, Segment, SegmentData, SessionId, StateId, Tenant};
 use toy::Toy;
 
 const LIMITS: Limits = Limits { seats: 4, queue: 50, budget: 64, busy_budget: 8 };
 
-/// One server, its store, and how many tokens its backend has read.
+/// Slots for states in the middle of a step.
+const SPARE: usize = 32;
+
+/// One server, its store, and how many tokens its backend has read in how many steps.
 struct Side {
     sessions: Sessions,
     archive: Archive,
     read: Arc<AtomicUsize>,
+    steps: Arc<AtomicUsize>,
 }
 
 fn side(prefix: &PrefixLimits) -> Side {
-    let toy = Toy::new(2 * LIMITS.seats);
-    let read = toy.tokens.clone();
+    side_of(prefix, LIMITS, None)
+}
+
+fn side_of(prefix: &PrefixLimits, limits: Limits, disk: Option<Arc<dyn Store>>) -> Side {
+    let toy = Toy::new(2 * limits.seats + SPARE);
+    let (read, steps) = (toy.tokens.clone(), toy.steps.clone());
     let (text, profile) = (text::bytes(), text::builtin("world").expect("a built-in profile"));
     let own = vec![SegmentData { name: "toy".into(), shape: vec![1], data: vec![1.0] }];
     let model = Model {
@@ -57,16 +67,16 @@ fn side(prefix: &PrefixLimits) -> Side {
             initial_states: Vec::new(),
         },
         layout: vec![Segment::Fixed { name: "toy".into(), shape: vec![1], init: 1.0 }],
-        engine: Handle::start("toy", toy, text.clone(), LIMITS).expect("a thread"),
+        engine: Handle::start("toy", toy, text.clone(), limits).expect("a thread"),
         text,
         profile: text::Profile { stop_tokens: vec![256], ..profile },
         initial: InitialStates::new(&own),
-        seats: LIMITS.seats,
+        seats: limits.seats,
     };
     let archive = Archive::new(Arc::new(InMemory::default()));
-    let sessions = Sessions::new(archive.clone(), TurnLimits::default(), None).with_prefix_cache(prefix);
+    let sessions = Sessions::new(archive.clone(), TurnLimits::default(), None).with_prefix_cache(prefix, disk);
     sessions.open(vec![model]);
-    Side { sessions, archive, read }
+    Side { sessions, archive, read, steps }
 }
 
 /// What a request is about.
@@ -197,7 +207,12 @@ struct World {
 impl World {
     fn new(bytes: u64) -> Self {
         let sides = [
-            side(&PrefixLimits { enabled: true, bytes, ..PrefixLimits::default() }),
+            // In little room, most of what is known is on disk, where there is little room too.
+            side_of(
+                &PrefixLimits { enabled: true, bytes, disk_bytes: 20 * bytes, ..PrefixLimits::default() },
+                LIMITS,
+                Some(Arc::new(InMemory::default())),
+            ),
             side(&PrefixLimits { enabled: false, ..PrefixLimits::default() }),
         ];
         Self { sides, states: Vec::new(), heads: [None, None] }
@@ -353,4 +368,48 @@ async fn what_many_share_is_read_once() {
     let expected: u64 = answers.iter().map(|answer| answer.prompt_tokens - answer.cached).sum();
     assert_eq!(side.read.load(Ordering::SeqCst) as u64, expected);
     assert!(expected < 600 + 20 * 60, "{expected} tokens were read");
+}
+
+/// The first `len` letters of one of two texts, then something.
+fn prompt(which: bool, len: usize, rest: String) -> Turn {
+    let mut letters = long(which);
+    while letters.len() < len {
+        letters.push_str(&long(!which));
+    }
+    let ask = Ask {
+        texts: Vec::new(),
+        chat: false,
+        choices: 1,
+        store: false,
+        seed: 1,
+        greedy: true,
+        penalties: false,
+        stop: Vec::new(),
+        max_tokens: 1,
+    };
+    let text = format!("{}{rest}", &letters[..len]);
+    Turn { input: Input::Prompts(vec![Prompt::Text(text)]), ..ask.turn(Start::Fresh) }
+}
+
+#[tokio::test]
+async fn what_is_kept_of_a_new_prompt_costs_no_steps() {
+    let usual = Limits { budget: 512, busy_budget: 64, ..LIMITS };
+    let steps = async |enabled: bool| {
+        let side = side_of(&PrefixLimits { enabled, ..PrefixLimits::default() }, usual, None);
+        side.run(prompt(true, 1400, String::new())).await.expect("an answer");
+        side.steps.load(Ordering::SeqCst)
+    };
+    assert_eq!((steps(false).await, steps(true).await), (3, 3));
+}
+
+#[tokio::test]
+async fn two_prompts_that_share_half_of_their_tokens_share_it_whoever_comes_first() {
+    let usual = Limits { budget: 512, busy_budget: 64, ..LIMITS };
+    for first in [0, 1] {
+        let side = side_of(&PrefixLimits::default(), usual, None);
+        let turn = |n: usize| prompt(true, 700, ["x", "y"][n].repeat(700));
+        side.run(turn(first)).await.expect("an answer");
+        let second = side.run(turn(1 - first)).await.expect("an answer");
+        assert!((650..=700).contains(&second.cached), "{} of 700 tokens", second.cached);
+    }
 }

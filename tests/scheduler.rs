@@ -75,20 +75,23 @@ impl Known {
         self.lives.iter().flatten().count()
     }
 
-    /// Where its next span must end at the latest.
-    fn stop(&self) -> usize {
-        self.stops.iter().copied().find(|&stop| stop > self.read).unwrap_or(self.tokens).min(self.tokens)
+    /// Where its next span must end at the latest, when it may pass over `pass` stops.
+    fn stop(&self, pass: usize) -> usize {
+        let mut ahead = self.stops.iter().copied().filter(|&stop| stop > self.read);
+        ahead.nth(pass).unwrap_or(self.tokens).min(self.tokens)
     }
 
     /// How much of its prompt can be read in one step.
-    fn demand(&self) -> usize {
-        if self.seats.is_empty() { 0 } else { self.stop() - self.read }
+    fn demand(&self, pass: usize) -> usize {
+        if self.seats.is_empty() { 0 } else { self.stop(pass) - self.read }
     }
 }
 
 /// The scheduler beside a naive account of what it must do.
 struct World {
     limits: Limits,
+    /// Stops that a plan may pass over.
+    passes: usize,
     scheduler: Scheduler,
     jobs: BTreeMap<JobId, Known>,
     /// Who waits, in order, by tenant.
@@ -99,9 +102,10 @@ struct World {
 }
 
 impl World {
-    fn new(limits: Limits) -> Self {
-        let scheduler = Scheduler::new(limits);
-        Self { limits, scheduler, jobs: BTreeMap::new(), queues: Default::default(), overtaken: [[0; 4]; 4], next: 0 }
+    fn new(limits: Limits, passes: usize) -> Self {
+        let scheduler = Scheduler::new(limits).passing(passes);
+        let (jobs, queues, overtaken, next) = (BTreeMap::new(), Default::default(), [[0; 4]; 4], 0);
+        Self { limits, passes, scheduler, jobs, queues, overtaken, next }
     }
 
     fn apply(&mut self, op: &Op) -> Option<Plan> {
@@ -287,17 +291,21 @@ impl World {
         let budget = if decoding > 0 { self.limits.busy_budget } else { self.limits.budget };
         let mut demand = [0; 4];
         let mut share = [0; 4];
-        self.jobs.values().for_each(|job| demand[job.tenant] += job.demand());
+        let reading = self.jobs.values().filter(|job| job.demand(0) > 0).count();
+        let (pass, mut passed) = (self.passes / reading.max(1), 0);
+        self.jobs.values().for_each(|job| demand[job.tenant] += job.demand(pass));
         for span in &plan.spans[decoding..] {
             assert_eq!(span.choice, None, "prompts come after all that decodes");
             let job = self.jobs.get_mut(&span.job).unwrap();
             assert_eq!((span.from, span.seat), (job.prompt_seat(), job.prompt_seat()));
             assert_eq!(span.tokens.start, job.read);
-            assert!(!span.tokens.is_empty() && span.tokens.end <= job.stop());
+            assert!(!span.tokens.is_empty() && span.tokens.end <= job.stop(pass));
+            passed += job.stops.iter().filter(|&&stop| span.tokens.start < stop && stop < span.tokens.end).count();
             assert_eq!(span.last, span.tokens.end == job.tokens);
             job.read = span.tokens.end;
             share[job.tenant] += span.tokens.len();
         }
+        assert!(passed <= self.passes, "{passed} stops are passed over");
         assert_eq!(share.iter().sum::<usize>(), budget.min(demand.iter().sum()));
         let readers = demand.iter().filter(|&&demand| demand > 0).count();
         for tenant in (0..4).filter(|&tenant| demand[tenant] > 0) {
@@ -379,15 +387,15 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(400) })]
 
     #[test]
-    fn the_laws_hold(limits in limits(), ops in prop::collection::vec(op(), 1..120)) {
-        let mut world = World::new(limits);
+    fn the_laws_hold(limits in limits(), passes in 0usize..6, ops in prop::collection::vec(op(), 1..120)) {
+        let mut world = World::new(limits, passes);
         ops.iter().for_each(|op| { world.apply(op); });
         world.finish();
     }
 
     #[test]
     fn equal_calls_give_equal_plans(limits in limits(), ops in prop::collection::vec(op(), 1..60)) {
-        let (mut one, mut other) = (World::new(limits), World::new(limits));
+        let (mut one, mut other) = (World::new(limits, 2), World::new(limits, 2));
         for op in &ops {
             prop_assert_eq!(one.apply(op), other.apply(op));
         }
@@ -397,7 +405,7 @@ proptest! {
 /// A job that needs every seat gets them in bounded time though small ones never stop coming.
 #[test]
 fn many_seats_are_had_in_the_end() {
-    let mut world = World::new(Limits { seats: 4, queue: 64, budget: 8, busy_budget: 4 });
+    let mut world = World::new(Limits { seats: 4, queue: 64, budget: 8, busy_budget: 4 }, 0);
     let small = Op::Submit { tenant: 1, tokens: 2, lives: vec![vec![1, 1, 1]], stops: vec![] };
     (0..8).for_each(|_| {
         world.apply(&small);

@@ -27,6 +27,10 @@ impl Config {
                 return wrong(&format!("tenant.{n}"), &format!("has the name `{}`, which another has", tenant.name));
             }
         }
+        if self.prefix_cache.disk_bytes > 0 && self.states.dir == ":memory:" {
+            let why = "is for states that are kept in `states.dir`, and that is `:memory:`";
+            return wrong("prefix_cache.disk_bytes", why);
+        }
         let mut names = BTreeSet::new();
         self.model.iter().enumerate().try_for_each(|(n, model)| model.check(n, &mut names))
     }

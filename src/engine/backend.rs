@@ -63,9 +63,17 @@ pub struct ModelBackend {
 }
 
 impl ModelBackend {
-    /// Room for `slots` states of `model`.
-    pub fn new(model: Model, slots: usize, team: Arc<Team>) -> Result<Self, model::Error> {
-        let pool = model.pool(slots)?;
+    /// Most slots for states in the middle of spans. A usual step stops at fewer places.
+    const SPARE: u64 = 32;
+    /// Bytes that they may take.
+    const SPARE_BYTES: u64 = 256 << 20;
+
+    /// Room for `seats` sequences of `model`, and for states on their way unless those grow with the text: of such states a
+    /// step leaves none but the last.
+    pub fn new(model: Model, seats: usize, team: Arc<Team>) -> Result<Self, model::Error> {
+        let of = model.description();
+        let spare = if of.state_bytes_per_token > 0 { 0 } else { Self::SPARE_BYTES / of.state_bytes.max(1) };
+        let pool = model.pool(2 * seats + spare.min(Self::SPARE) as usize)?;
         Ok(Self { model, pool, team, speculation: Speculation::Off })
     }
 

@@ -9,6 +9,7 @@ mod draft;
 mod draw;
 mod ending;
 mod live;
+mod middle;
 mod park;
 mod replay;
 mod response;
@@ -65,7 +66,7 @@ pub struct Job {
 /// States on a job's way that are wanted.
 #[derive(Clone)]
 pub struct Checkpoints {
-    /// After so many of the job's ids each, ascending and not 0. Each makes a step's span end there.
+    /// After so many of the job's ids each, ascending and not 0.
     pub at: Vec<usize>,
     /// Whether the state at the end of each choice is wanted too.
     pub answers: bool,
@@ -165,7 +166,8 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Starts the engine thread of one model. `backend` has two slots for each seat of `limits`.
+    /// Starts the engine thread of one model. `backend` has two slots for each seat of `limits`; in what it has beyond that,
+    /// steps leave states of the middle of their spans, so that they do not have to end where one is wanted.
     ///
     /// # Errors
     /// When the operating system gives no thread.

@@ -31,6 +31,7 @@ pub(super) struct Parked {
     prompt: Option<Held>,
     /// After that, of each choice that is not done.
     choices: Vec<Option<Held>>,
+    pub(super) bytes: u64,
 }
 
 /// A [`Place`] with the states themselves.
@@ -53,7 +54,8 @@ impl Engine {
                 live.resting = live.parked.take();
                 self.scheduler.unpark(id, live.job.tenant.clone());
             } else {
-                let parked = live.resting.take().unwrap_or_else(|| hold(live, &*self.backend));
+                let mut parked = live.resting.take().unwrap_or_else(|| hold(live, &*self.backend));
+                parked.bytes = parked.states().flatten().map(|segment| 4 * segment.data.len() as u64).sum();
                 live.parked = Some(parked);
                 live.permit = None;
                 // Who waits for them must not wait for its reader.
@@ -66,7 +68,7 @@ impl Engine {
     /// Puts the states of a job that was parked into its new seats.
     pub(super) fn sit_again(&mut self, id: JobId, seats: &[Seat], parked: Parked) -> Result<(), String> {
         let Some(live) = self.jobs.get_mut(&id) else { return Ok(()) };
-        let Parked { prompt, choices } = parked;
+        let Parked { prompt, choices, .. } = parked;
         if let Some(held) = prompt {
             live.seats = seats.to_vec();
             live.prompt = restore(&mut *self.backend, held, seats[0])?;
@@ -97,10 +99,10 @@ fn hold(live: &Live, backend: &dyn super::Backend) -> Parked {
         return Parked::default();
     }
     if live.choices.is_empty() {
-        return Parked { prompt: Some(held(&live.prompt)), choices: Vec::new() };
+        return Parked { prompt: Some(held(&live.prompt)), ..Parked::default() };
     }
     let choice = |choice: &Option<Choice>| choice.as_ref().map(|choice| held(&choice.place));
-    Parked { prompt: None, choices: live.choices.iter().map(choice).collect() }
+    Parked { choices: live.choices.iter().map(choice).collect(), ..Parked::default() }
 }
 
 fn restore(backend: &mut dyn super::Backend, held: Held, seat: Seat) -> Result<Place, String> {
@@ -121,5 +123,13 @@ impl Parked {
     /// Whether the job had not begun, so that it begins as any other.
     pub(super) fn is_fresh(&self) -> bool {
         self.prompt.is_none() && self.choices.is_empty()
+    }
+
+    fn states(&self) -> impl Iterator<Item = &Vec<SegmentData>> {
+        let held = self.prompt.iter().chain(self.choices.iter().flatten());
+        held.flat_map(|held| {
+            let anchor = held.anchor.as_ref().and_then(|(state, _)| state.as_ref());
+            std::iter::once(&held.current).chain(anchor)
+        })
     }
 }

@@ -10,7 +10,7 @@ use super::draw::{Draw, Drawn, Logits, Said};
 use super::live::{Choice, Live, Place, send, tell};
 use super::response::Response;
 use super::worth::{Ahead, Costs};
-use super::{Backend, Checkpoint, Event, Gauges, Kept, Letter, Submission, replay};
+use super::{Backend, Event, Gauges, Kept, Letter, Submission, middle, replay};
 use crate::scheduler::{JobId, Limits, Need, Next, Plan, Scheduler, Seat, Span};
 use crate::telemetry::{clock, metrics};
 use crate::text::Tokenizer;
@@ -23,6 +23,8 @@ pub(super) struct Engine {
     pub(super) text: Arc<dyn Tokenizer>,
     pub(super) scheduler: Scheduler,
     seats: usize,
+    /// For states in the middle of a step's spans.
+    pub(super) spare: Range<u32>,
     pub(super) jobs: BTreeMap<JobId, Live>,
     next_job: u64,
     pub(super) gauges: Arc<Gauges>,
@@ -42,12 +44,15 @@ impl Engine {
     ) -> Self {
         // The semaphore of the handle bounds the queue; a job that got its permit is never refused here.
         let scheduler = Scheduler::new(Limits { queue: limits.queue + limits.seats, ..limits });
+        let spare = 2 * limits.seats as u32..backend.slots() as u32;
+        let scheduler = scheduler.passing(spare.len());
         Self {
             name: name.into(),
             backend,
             text,
             scheduler,
             seats: limits.seats,
+            spare,
             jobs: BTreeMap::new(),
             next_job: 0,
             gauges,
@@ -68,6 +73,8 @@ impl Engine {
                 self.seats - self.scheduler.free_seats(),
                 self.seats,
             );
+            let parked = self.jobs.values().filter_map(|live| live.parked.as_ref());
+            metrics::parked(&self.name, parked.clone().count(), parked.map(|parked| parked.bytes).sum());
             let plan = self.scheduler.plan();
             if !plan.spans.is_empty() {
                 self.step(&plan);
@@ -156,7 +163,8 @@ impl Engine {
         }
         self.ids.clear();
         let spans: Vec<&Span> = plan.spans.iter().filter(|span| self.jobs.contains_key(&span.job)).collect();
-        let rows: Vec<Row> = spans.iter().map(|span| self.row(span)).collect();
+        let mut spare = self.spare.clone();
+        let rows: Vec<Row> = spans.iter().flat_map(|span| self.rows(span, &mut spare)).collect();
         if rows.is_empty() {
             return;
         }
@@ -176,8 +184,9 @@ impl Engine {
         let mut logits = std::mem::take(&mut self.logits);
         let mut wanted = logits.as_mut_slice();
         let (mut draws, mut ended) = (Vec::new(), Vec::new());
-        for (span, row) in spans.iter().zip(rows) {
-            self.moved(span, &row);
+        for (span, chain) in spans.iter().zip(rows.chunk_by(|before, row| row.goes_on(before))) {
+            self.moved(span, chain);
+            let row = chain.last().expect("a span is at least one row");
             let positions = match row.want {
                 Want::Nothing => {
                     ended.extend(span.choice.map(|choice| (span.job, choice)));
@@ -250,8 +259,8 @@ impl Engine {
         Ok(())
     }
 
-    /// The row of a span; its tokens are appended to the step's ids.
-    fn row(&mut self, span: &Span) -> Row {
+    /// The row of a span, as a whole; its tokens are appended to the step's ids.
+    pub(super) fn row(&mut self, span: &Span) -> Row {
         let live = &self.jobs[&span.job];
         let start = self.ids.len();
         let (place, at, stay, want) = match span.choice {
@@ -279,16 +288,14 @@ impl Engine {
         }
     }
 
-    /// Notes where a row's state is now.
-    fn moved(&mut self, span: &Span, row: &Row) {
-        let Some(live) = self.jobs.get_mut(&span.job) else { return };
+    /// Notes where the state is now that the rows of a span have left, and hands out those that are wanted.
+    fn moved(&mut self, span: &Span, chain: &[Row]) {
+        let (Some(live), Some(row)) = (self.jobs.get_mut(&span.job), chain.last()) else { return };
         match span.choice {
             None => {
                 live.prompt.current = row.into;
-                let wanted = live.job.checkpoints.as_ref().filter(|wanted| wanted.at.contains(&span.tokens.end));
-                if let Some(wanted) = wanted {
-                    let (read, segments) = (span.tokens.end, self.backend.snapshot(row.into));
-                    (wanted.to)(Checkpoint { read, answer: Vec::new(), segments });
+                if let Some(wanted) = &live.job.checkpoints {
+                    middle::hand_out(wanted, span, chain, &*self.backend);
                 }
             }
             Some(choice) => live.choices[choice].as_mut().expect("only live choices are planned").moved(row),

@@ -7,7 +7,7 @@ use super::linear::{self, LayerNorm, Linear, Orientation, floats, floats_mut};
 use super::pool::Pool;
 use super::weights::{Checkpoint, Loader};
 use super::workspace::Workspace;
-use super::{ARITHMETIC, Error};
+use super::{ARITHMETIC, Error, chains};
 use crate::types::{Row, Segment, SegmentData, SlotId, Want};
 
 /// Half of a block: reads its share of a sequence's state and the tokens before, gives what is added to the residual.
@@ -107,9 +107,11 @@ pub struct Carry {
 /// One step as a mixer sees it.
 pub struct Step<'a> {
     pub rows: &'a [Row],
+    /// The same rows in the order in which a recurrence must walk them, see [`chains::waves`].
+    pub waves: &'a [Vec<Row>],
     /// The ids of the rows' tokens.
     pub ids: &'a [u32],
-    /// For each token, the slot to read its predecessor from, when the token is the first of a row.
+    /// For each token, the slot to read its predecessor from, when that is no token of the step.
     pub first: &'a [Option<u32>],
     /// The residual stream as it is before the mixer, `[N, C]`.
     pub residual: &'a Tensor,
@@ -328,6 +330,7 @@ impl Model {
         let (tokens, width) = (ids.len(), self.description.width);
         self.work.release_all();
         pool.fork_logs(rows);
+        let waves = &chains::waves(rows);
 
         // 1. x = ln0(emb[ids])
         let x = self.work.held((tokens, width))?;
@@ -343,7 +346,8 @@ impl Model {
                 if self.parts.residual == Residual::Normed {
                     linear::copy(&x, &normed)?;
                 }
-                let mut step = Step { rows, ids, first: &first, residual: &x, work: &mut self.work, pool, base };
+                let (first, work) = (&first, &mut self.work);
+                let mut step = Step { rows, waves, ids, first, residual: &x, work, pool, base };
                 let y = mixer.forward(&normed, &mut step, &mut carry)?;
                 linear::add(&x, &y)?;
                 self.work.release_scratch();
@@ -355,7 +359,7 @@ impl Model {
         if wanted.is_empty() && self.parts.head.segments().is_empty() {
             return Ok(());
         }
-        let mut step = Step { rows, ids, first: &first, residual: &x, work: &mut self.work, pool, base };
+        let mut step = Step { rows, waves, ids, first: &first, residual: &x, work: &mut self.work, pool, base };
         let out = self.parts.head.forward(&x, &wanted, &mut step)?;
         Ok(linear::read(&out, |values| logits.extend_from_slice(values))?)
     }
@@ -370,7 +374,7 @@ impl Model {
         let mut first = vec![None; ids.len()];
         let mut wanted = Vec::new();
         let mut at = 0;
-        for row in rows {
+        for (n, row) in rows.iter().enumerate() {
             if row.tokens.start != at || row.tokens.is_empty() || row.tokens.end > ids.len() {
                 return Err(Error::Step(format!("row {row:?} does not go on at token {at} of {}", ids.len())));
             }
@@ -384,7 +388,8 @@ impl Model {
                 }
             }
             at = row.tokens.end;
-            first[row.tokens.start] = Some(row.from.0);
+            let goes_on = n > 0 && row.goes_on(&rows[n - 1]);
+            first[row.tokens.start] = (!goes_on).then_some(row.from.0);
             match row.want {
                 Want::Nothing => {}
                 Want::Last => wanted.push(row.tokens.end - 1),
@@ -395,11 +400,11 @@ impl Model {
         if at != ids.len() {
             return Err(Error::Step(format!("{} tokens belong to no row", ids.len() - at)));
         }
-        let mut written: Vec<_> = rows.iter().map(|r| r.into).collect();
-        written.sort_unstable();
-        let twice = written.windows(2).any(|w| w[0] == w[1]);
-        if twice || rows.iter().any(|r| r.from != r.into && written.binary_search(&r.from).is_ok()) {
+        if !chains::disjoint(rows) {
             return Err(Error::Step("a slot that one row writes is used by another".into()));
+        }
+        if self.description.state_bytes_per_token > 0 && chains::any(rows) {
+            return Err(Error::Step("a state that grows is not left on the way of a step".into()));
         }
         Ok((first, wanted))
     }

@@ -8,6 +8,7 @@
 
 mod block;
 mod cast;
+mod chains;
 mod channel_mix;
 mod convert;
 mod copy_head;

@@ -108,7 +108,9 @@ impl Mixer for TimeMix {
         self.value.forward(&xv, &v)?;
         let (numerators, denominators) = (step.segment(1), step.segment(2));
         let y = step.work.scratch((tokens, width))?;
-        y.inplace_op2(&inputs, &Wkv { mix: self, rows: step.rows, numerators, denominators })?;
+        for rows in step.waves {
+            y.inplace_op2(&inputs, &Wkv { mix: self, rows, numerators, denominators })?;
+        }
         let out = step.work.scratch((tokens, width))?;
         self.output.forward(&y, &out)?;
         Ok(out)

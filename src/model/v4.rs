@@ -106,7 +106,9 @@ impl Mixer for TimeMix {
         // 3. the recurrence
         let states = Wkv4States { aa: step.segment(1), bb: step.segment(2), pp: step.segment(3) };
         let y = step.work.scratch((tokens, width))?;
-        y.inplace_op2(&inputs, &Wkv { mix: self, rows: step.rows, states })?;
+        for rows in step.waves {
+            y.inplace_op2(&inputs, &Wkv { mix: self, rows, states: &states })?;
+        }
         // 4. the output layer
         let out = step.work.scratch(x.shape())?;
         self.output.forward(&y, &out)?;
@@ -118,7 +120,7 @@ impl Mixer for TimeMix {
 struct Wkv<'a> {
     mix: &'a TimeMix,
     rows: &'a [Row],
-    states: Wkv4States,
+    states: &'a Wkv4States,
 }
 
 impl InplaceOp2 for Wkv<'_> {
@@ -127,7 +129,7 @@ impl InplaceOp2 for Wkv<'_> {
     }
     fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, x: &CpuStorage, x_l: &Layout) -> candle_core::Result<()> {
         let params = Wkv4Params { decay: &self.mix.decay, first: &self.mix.time_first };
-        kernels::wkv4(&params, floats(x, x_l)?, self.rows, &self.states, floats_mut(out, out_l)?);
+        kernels::wkv4(&params, floats(x, x_l)?, self.rows, self.states, floats_mut(out, out_l)?);
         Ok(())
     }
 }

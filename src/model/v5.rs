@@ -166,7 +166,9 @@ impl Heads {
     pub fn recur(&self, inputs: &Tensor, gated: bool, decay: Option<&[f32]>, step: &mut Step) -> Result<Tensor, Error> {
         let states = step.segment(1);
         let y = step.work.scratch((step.tokens(), self.heads * self.head_size))?;
-        y.inplace_op2(inputs, &Wkv { heads: self, gated, decay, rows: step.rows, states })?;
+        for rows in step.waves {
+            y.inplace_op2(inputs, &Wkv { heads: self, gated, decay, rows, states })?;
+        }
         Ok(y)
     }
 }

@@ -170,7 +170,9 @@ impl Mixer for TimeMix {
         // 3. the recurrence
         let state = step.segment(1);
         let y = step.work.scratch((tokens, width))?;
-        y.inplace_op3(&inputs, &first_value, &Wkv { mix: self, rows: step.rows, state })?;
+        for rows in step.waves {
+            y.inplace_op3(&inputs, &first_value, &Wkv { mix: self, rows, state })?;
+        }
         // 4. the output layer
         let out = step.work.scratch((tokens, width))?;
         self.output.forward(&y, &out)?;

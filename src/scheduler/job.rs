@@ -13,7 +13,7 @@ use super::{JobId, Seat, Span};
 pub(super) struct Job {
     /// What of the prompt is still to read.
     unread: Range<usize>,
-    /// Where in it a span must end, ascending; only those ahead.
+    /// Where in it a state is wanted, ascending; only those ahead.
     stops: VecDeque<usize>,
     /// `None` = done.
     choices: Vec<Option<Choice>>,
@@ -88,9 +88,9 @@ impl Job {
         self.unread.len()
     }
 
-    /// How many of them the next span can have.
-    pub fn next(&self) -> usize {
-        self.stops.front().map_or(self.unread.end, |&stop| stop.min(self.unread.end)) - self.unread.start
+    /// How many of them the next span can have when it may pass over `pass` stops.
+    pub fn next(&self, pass: usize) -> usize {
+        self.stops.get(pass).map_or(self.unread.end, |&stop| stop.min(self.unread.end)) - self.unread.start
     }
 
     pub fn seats(&self) -> &BTreeSet<Seat> {

@@ -57,7 +57,7 @@ pub struct Need {
     pub tokens: usize,
     /// How many choices it has, and so seats it takes, all when it is admitted; not 0.
     pub seats: usize,
-    /// Where in its tokens a span must end, ascending: the state there is wanted.
+    /// Where in its tokens, ascending, the state is wanted: a span ends there, or [passes over](Scheduler::passing) it.
     pub stops: Vec<usize>,
 }
 
@@ -122,6 +122,8 @@ pub enum Next {
 #[derive(Clone, Debug)]
 pub struct Scheduler {
     limits: Limits,
+    /// How many stops the spans of one plan may pass over.
+    passes: usize,
     waiting: Ring<Waiting>,
     running: BTreeMap<JobId, Job>,
     parked: BTreeMap<JobId, Rest>,
@@ -148,7 +150,13 @@ impl Scheduler {
         assert!([seats, queue, budget, busy_budget].iter().all(|&limit| limit > 0), "a limit is zero: {limits:?}");
         let free = (0..).take(seats).map(Seat).collect();
         let (waiting, reading) = (Ring::new(), Ring::new());
-        Self { limits, waiting, running: BTreeMap::new(), parked: BTreeMap::new(), reading, free }
+        Self { limits, passes: 0, waiting, running: BTreeMap::new(), parked: BTreeMap::new(), reading, free }
+    }
+
+    /// The same, if so many states in the middle of its spans can be had of one step: a span has to end only where one more
+    /// would be wanted.
+    pub fn passing(self, passes: usize) -> Self {
+        Self { passes, ..self }
     }
 
     /// Lets a new job wait for its seats.
@@ -306,11 +314,13 @@ impl Scheduler {
 
     /// Spans of prompts, at most `budget` tokens: equal shares for the tenants, shortest first within each.
     fn read(&mut self, budget: usize) -> Vec<Span> {
-        let next = |queue: &VecDeque<JobId>| queue.iter().map(|id| self.running[id].next()).sum();
+        let pass = self.passes / self.reading.len().max(1);
+        let next = |queue: &VecDeque<JobId>| queue.iter().map(|id| self.running[id].next(pass)).sum();
         let demands: Vec<usize> = self.reading.queues().map(next).collect();
         let mut spans = Vec::new();
         for (queue, share) in self.reading.queues().zip(fair_shares(budget, &demands)) {
-            let unread: Vec<_> = queue.iter().map(|id| (self.running[id].unread(), self.running[id].next())).collect();
+            let unread: Vec<_> =
+                queue.iter().map(|id| (self.running[id].unread(), self.running[id].next(pass))).collect();
             for (&id, tokens) in queue.iter().zip(shortest_first(share, &unread)).filter(|&(_, tokens)| tokens > 0) {
                 spans.push(self.running.get_mut(&id).expect("who reads runs").read(id, tokens));
             }

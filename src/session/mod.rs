@@ -29,7 +29,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::engine;
 pub use crate::state::At;
-use crate::state::{self, Archive};
+use crate::state::{self, Archive, Store};
 use crate::text::{Profile, Tokenizer};
 use crate::types::{Message, Sampling, Segment, SessionId, StateId, Tenant, TurnUsage};
 use prefix::PrefixCache;
@@ -183,6 +183,9 @@ pub struct Model {
     pub seats: usize,
 }
 
+/// How long a server that stops writes what its prefix cache has in memory.
+const HANDING_OVER: Duration = Duration::from_secs(10);
+
 /// The use-cases, for every model and tenant of this server.
 pub struct Sessions {
     /// The first is the default. Set once they are loaded.
@@ -234,9 +237,17 @@ impl Sessions {
         Self { hub: Arc::new(Hub::new(limits, shared)), ..self }
     }
 
-    /// Keeps what turns have read, so that no turn reads it again.
-    pub fn with_prefix_cache(self, limits: &PrefixLimits) -> Self {
-        Self { prefix: PrefixCache::new(limits).map(Arc::new), ..self }
+    /// Keeps what turns have read, so that no turn reads it again; what has no room in memory in `disk`, if it is given, where a
+    /// later process finds it. With one, within an async runtime.
+    pub fn with_prefix_cache(self, limits: &PrefixLimits, disk: Option<Arc<dyn Store>>) -> Self {
+        Self { prefix: PrefixCache::new(limits, disk).map(Arc::new), ..self }
+    }
+
+    /// Waits until the prefix cache has seen what is on disk and written what it has to.
+    pub async fn prefix_settled(&self) {
+        if let Some(prefix) = &self.prefix {
+            prefix.settled().await;
+        }
     }
 
     /// Begins to serve these models; the first is the default. Only the first call counts.
@@ -267,12 +278,17 @@ impl Sessions {
         self.turns.close();
     }
 
-    /// Waits for the running turns to end, and ends them when `deadline` is over. After [`drain`](Self::drain).
+    /// Waits for the running turns to end, and ends them when `deadline` is over; then hands the prefix cache to the next process,
+    /// where it has a disk, within seconds. After [`drain`](Self::drain).
     pub async fn finish(&self, deadline: Duration) {
         if tokio::time::timeout(deadline, self.turns.wait()).await.is_err() {
             tracing::warn!(turns = self.turns.len(), "ending turns that did not finish in time");
             self.stop.cancel();
             self.turns.wait().await;
+        }
+        if let Some(prefix) = &self.prefix {
+            // What is not written by then is read again.
+            let _ = tokio::time::timeout(HANDING_OVER, prefix.hand_over()).await;
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::stream::{self, StreamExt, TryStreamExt};
 
+use super::hints::Hints;
 use super::{Damaged, Error, Info, Put, Storage, Store, codec, header};
 use crate::types::{SessionId, Snapshot, StateId, Tenant};
 
@@ -14,6 +15,7 @@ use crate::types::{SessionId, Snapshot, StateId, Tenant};
 pub struct Archive {
     pub(super) store: Arc<dyn Store>,
     storage: Storage,
+    pub(super) hints: Arc<Hints>,
     /// Seconds: longer than any turn runs.
     pub(super) grace_s: u64,
 }
@@ -66,7 +68,7 @@ pub(super) const AT_ONCE: usize = 16;
 
 impl Archive {
     pub fn new(store: Arc<dyn Store>) -> Self {
-        Self { store, storage: Storage::default(), grace_s: GRACE_S }
+        Self { store, storage: Storage::default(), hints: Arc::default(), grace_s: GRACE_S }
     }
 
     /// The same, but that states are written so from now on.

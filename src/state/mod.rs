@@ -4,6 +4,7 @@
 //! t/{tenant}/states/{state id}               one immutable snapshot, a safetensors file     (codec)
 //! t/{tenant}/sessions/{session id}/{turn}    one turn record, twelve digits, JSON           (record)
 //! t/{tenant}/forks|evicted|keys/…            what neither can say of itself                 (marks)
+//! t/{tenant}/gaps/{session id}               nothing: the session's records have gaps       (hints)
 //! t/{tenant}/aside/{state id}                a damaged snapshot that is out of the way      (remnant)
 //! t/{tenant}/streams/{response id}/{n}       what was sent of a response while it runs      (journal)
 //! t/{tenant}/responses/{response id}         a response that is kept, once it has ended     (journal)
@@ -20,6 +21,7 @@ mod bucket;
 mod codec;
 mod fit;
 mod header;
+mod hints;
 mod journal;
 mod lineage;
 mod local;

@@ -95,6 +95,7 @@ impl Archive {
         if buried.iter().all(|(number, _)| *number == head.last) {
             return Ok(Vec::new());
         }
+        let numbers: Vec<u64> = buried.iter().map(|(number, _)| *number).collect();
         let forks = self.forks(tenant, session, now).await?;
         let needed_to = forks.iter().filter_map(|fork| fork.record).max().unwrap_or(0);
         let mut needed: BTreeSet<StateId> = forks.into_iter().map(|fork| fork.state).collect();
@@ -131,6 +132,11 @@ impl Archive {
         // A record goes after its state, and the lowest goes first: if this is interrupted, what is left still tells what
         // to remove, and whether its deletion is old.
         records.sort_unstable();
+        if let Some(highest) = records.last()
+            && numbers.iter().any(|number| number < highest && records.binary_search(number).is_err())
+        {
+            self.note_gap(tenant, session).await?;
+        }
         for number in records {
             self.store.delete(&turn_key(tenant, session, number)).await?;
             reclaimed.records += 1;

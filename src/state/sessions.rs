@@ -90,26 +90,58 @@ pub enum Commit {
 }
 
 impl Archive {
-    /// Where a session stands now.
+    /// Where a session stands now. Takes the same time however many turns it has, once this process has seen it.
     ///
     /// # Errors
     /// [`Error::Damaged`] if its highest record cannot be read.
     pub async fn head(&self, tenant: &Tenant, session: &SessionId) -> Result<Head, Error> {
+        let Some((last, entry)) = self.highest(tenant, session).await? else {
+            return Ok(Head { last: 0, live: None });
+        };
+        Ok(Head { last, live: Some(entry?).filter(|e| e.record.state.is_some()) })
+    }
+
+    /// The highest record in use, damaged or not, and its number.
+    async fn highest(
+        &self,
+        tenant: &Tenant,
+        session: &SessionId,
+    ) -> Result<Option<(u64, Result<Entry, Error>)>, Error> {
         let mut vanished = None;
         loop {
-            let Some(last) = self.numbers(tenant, session, 0).await?.pop() else {
-                return Ok(Head { last: 0, live: None });
-            };
-            match self.entry(tenant, session, last).await? {
-                Some(entry) => return Ok(Head { last, live: Some(entry).filter(|e| e.record.state.is_some()) }),
-                // A deletion may come, and sweep this record, between the two calls. Then there is a higher one.
-                None if vanished != Some(last) => vanished = Some(last),
-                None => {
-                    let why = Damaged("it is listed but cannot be read".into());
-                    return Err(damaged(&turn_key(tenant, session, last), why));
+            let Some(last) = self.last(tenant, session).await? else { return Ok(None) };
+            match self.entry(tenant, session, last).await {
+                Ok(Some(entry)) => {
+                    self.hints.note(tenant, session, last);
+                    return Ok(Some((last, Ok(entry))));
                 }
+                // A deletion may come, and sweep this record, between the two calls. Then there is a higher one.
+                Ok(None) if vanished != Some(last) => {
+                    vanished = Some(last);
+                    self.hints.forget(tenant, session);
+                }
+                Ok(None) => {
+                    let why = Damaged("it is listed but cannot be read".into());
+                    return Ok(Some((last, Err(damaged(&turn_key(tenant, session, last), why)))));
+                }
+                Err(why @ Error::Damaged { .. }) => return Ok(Some((last, Err(why)))),
+                Err(e) => return Err(e),
             }
         }
+    }
+
+    /// The highest number in use, if it is where it was hinted to be, or else from a listing.
+    async fn last(&self, tenant: &Tenant, session: &SessionId) -> Result<Option<u64>, Error> {
+        let Some(hint) = self.hints.get(tenant, session) else {
+            return Ok(self.numbers(tenant, session, 0).await?.pop());
+        };
+        let next = self.store.get_start(&turn_key(tenant, session, hint + 1), 0).await?;
+        // In this order: a gap is noted before there is one.
+        let is_last = next.is_none() && !self.has_gap(tenant, session).await?;
+        if is_last {
+            return Ok(Some(hint));
+        }
+        Ok(self.numbers(tenant, session, hint).await?.pop().or(Some(hint)))
     }
 
     /// Commits a turn on top of the head it began from. The state it names must already be durable.
@@ -178,11 +210,9 @@ impl Archive {
     /// committed to it. Says whether there was one. Works on damaged sessions.
     pub async fn bury(&self, tenant: &Tenant, session: &SessionId, now: u64) -> Result<bool, Error> {
         loop {
-            let Some(last) = self.numbers(tenant, session, 0).await?.pop() else { return Ok(false) };
-            match self.entry(tenant, session, last).await {
-                Ok(Some(entry)) if entry.record.state.is_none() => return Ok(false),
-                Ok(_) | Err(Error::Damaged { .. }) => {}
-                Err(e) => return Err(e),
+            let Some((last, entry)) = self.highest(tenant, session).await? else { return Ok(false) };
+            if entry.is_ok_and(|entry| entry.record.state.is_none()) {
+                return Ok(false);
             }
             let tombstone = Head { last, live: None }.turn(TurnRecord { created: now, ..TurnRecord::default() });
             if self.put(tenant, session, &tombstone).await? == Put::Created {
@@ -214,7 +244,9 @@ impl Archive {
         if entry.turn >= 10u64.pow(DIGITS as u32) {
             return Err(Error::Unfit { key, why: format!("a turn number has at most {DIGITS} digits") });
         }
-        self.store.put_if_absent(&key, Bytes::from(record::encode(entry))).await
+        let put = self.store.put_if_absent(&key, Bytes::from(record::encode(entry))).await?;
+        self.hints.note(tenant, session, entry.turn);
+        Ok(put)
     }
 }
 

@@ -93,6 +93,15 @@ impl<Hot: Store, Cold: Store + ?Sized> Store for Tiered<Hot, Cold> {
     ) -> BoxFuture<'a, Result<Vec<String>, Error>> {
         self.cold.children(folder, after, limit)
     }
+
+    fn tidy<'a>(&'a self, folder: &'a str, before: u64) -> BoxFuture<'a, Result<u64, Error>> {
+        async move {
+            // What the near store is left with costs room only.
+            let near = self.hot.tidy(folder, before).await.unwrap_or(0);
+            Ok(near + self.cold.tidy(folder, before).await?)
+        }
+        .boxed()
+    }
 }
 
 /// A store that holds at most so many bytes: what was not used for longest goes. It knows of what was put through it only, so
@@ -211,6 +220,10 @@ impl<S: Store> Store for Bounded<S> {
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<String>, Error>> {
         self.inner.children(folder, after, limit)
+    }
+
+    fn tidy<'a>(&'a self, folder: &'a str, before: u64) -> BoxFuture<'a, Result<u64, Error>> {
+        self.inner.tidy(folder, before)
     }
 }
 

@@ -33,6 +33,8 @@ const STATE_STORE_DURATION: &str = "rewake_state_store_duration_seconds";
 const STATE_BYTES: &str = "rewake_state_stored_bytes_total";
 const STATES_REBUILT: &str = "rewake_states_rebuilt_total";
 const SWEPT: &str = "rewake_swept_total";
+const PARKED: &str = "rewake_parked_jobs";
+const PARKED_BYTES: &str = "rewake_parked_bytes";
 const PREFIX_LOOKUPS: &str = "rewake_prefix_lookups_total";
 const PREFIX_TOKENS: &str = "rewake_prefix_tokens_total";
 const PREFIX_WAITS: &str = "rewake_prefix_waits_total";
@@ -40,6 +42,13 @@ const PREFIX_SPACING: &str = "rewake_prefix_spacing_tokens";
 const PREFIX_BYTES: &str = "rewake_prefix_bytes";
 const PREFIX_STATES: &str = "rewake_prefix_states";
 const PREFIX_EVICTIONS: &str = "rewake_prefix_evictions_total";
+const PREFIX_DISK_BYTES: &str = "rewake_prefix_disk_bytes";
+const PREFIX_DISK_STATES: &str = "rewake_prefix_disk_states";
+const PREFIX_DISK_HITS: &str = "rewake_prefix_disk_hits_total";
+const PREFIX_DISK_WRITTEN: &str = "rewake_prefix_disk_written_total";
+const PREFIX_DISK_LOST: &str = "rewake_prefix_disk_lost_total";
+const PREFIX_DISK_DAMAGED: &str = "rewake_prefix_disk_damaged_total";
+const PREFIX_DISK_EVICTIONS: &str = "rewake_prefix_disk_evictions_total";
 const STREAMS_ACTIVE: &str = "rewake_streams_active";
 
 /// Upper bounds in seconds, from a step of a tiny model to a very long answer.
@@ -90,6 +99,8 @@ fn describe() {
     describe_counter!(STEPS, Unit::Count, "Forward steps of the model.");
     describe_counter!(STEP_TOKENS, Unit::Count, "Tokens read by forward steps.");
     describe_histogram!(STEP_DURATION, Unit::Seconds, "Time of one forward step, sampling included.");
+    describe_gauge!(PARKED, Unit::Count, "Answers that wait, without a seat, for a reader who was lost.");
+    describe_gauge!(PARKED_BYTES, Unit::Bytes, "Bytes of the states of parked answers.");
     describe_counter!(STATES_STORED, Unit::Count, "States made durable.");
     describe_counter!(STATES_FAILED, Unit::Count, "States that could not be stored though their answer arrived.");
     describe_histogram!(STATE_STORE_DURATION, Unit::Seconds, "Time to make one state durable.");
@@ -107,6 +118,21 @@ fn describe() {
     describe_gauge!(PREFIX_BYTES, Unit::Bytes, "Bytes the prefix cache takes.");
     describe_gauge!(PREFIX_STATES, Unit::Count, "States in the prefix cache.");
     describe_counter!(PREFIX_EVICTIONS, Unit::Count, "States the prefix cache gave up for want of room.");
+    describe_gauge!(PREFIX_DISK_BYTES, Unit::Bytes, "Bytes of the prefix cache's files on disk.");
+    describe_gauge!(PREFIX_DISK_STATES, Unit::Count, "States of the prefix cache on disk.");
+    describe_counter!(
+        PREFIX_DISK_HITS,
+        Unit::Count,
+        "Texts of which the prefix cache found a longer beginning on disk."
+    );
+    describe_counter!(PREFIX_DISK_WRITTEN, Unit::Count, "States the prefix cache wrote to disk.");
+    describe_counter!(
+        PREFIX_DISK_LOST,
+        Unit::Count,
+        "States that could not be written to disk, or not quickly enough."
+    );
+    describe_counter!(PREFIX_DISK_DAMAGED, Unit::Count, "Files of the prefix cache that were not what they should be.");
+    describe_counter!(PREFIX_DISK_EVICTIONS, Unit::Count, "Files the prefix cache removed for want of room.");
     describe_gauge!(STREAMS_ACTIVE, Unit::Count, "Event streams being written.");
 }
 
@@ -151,6 +177,12 @@ pub fn step(model: &str, tokens: usize, took: Duration) {
     counter!(STEPS, "model" => model.to_owned()).increment(1);
     counter!(STEP_TOKENS, "model" => model.to_owned()).increment(tokens as u64);
     histogram!(STEP_DURATION, "model" => model.to_owned()).record(took);
+}
+
+/// How many jobs wait for their readers without a seat, and what their states take.
+pub fn parked(model: &str, jobs: usize, bytes: u64) {
+    gauge!(PARKED, "model" => model.to_owned()).set(jobs as f64);
+    gauge!(PARKED_BYTES, "model" => model.to_owned()).set(bytes as f64);
 }
 
 /// A draft of one answer was compared with what was sampled.
@@ -201,6 +233,33 @@ pub fn prefix_holds(bytes: u64, states: usize, evicted: u64) {
     counter!(PREFIX_EVICTIONS).increment(evicted);
 }
 
+/// What the prefix cache has on disk now, and how many files were just removed for want of room.
+pub fn prefix_disk_holds(bytes: u64, states: usize, evicted: u64) {
+    gauge!(PREFIX_DISK_BYTES).set(bytes as f64);
+    gauge!(PREFIX_DISK_STATES).set(states as f64);
+    counter!(PREFIX_DISK_EVICTIONS).increment(evicted);
+}
+
+/// A longer beginning of a text than in memory was found on disk.
+pub fn prefix_disk_hit(model: &str) {
+    counter!(PREFIX_DISK_HITS, "model" => model.to_owned()).increment(1);
+}
+
+/// A state of the prefix cache is on disk.
+pub fn prefix_disk_written() {
+    counter!(PREFIX_DISK_WRITTEN).increment(1);
+}
+
+/// A state that the prefix cache gave up did not come to disk.
+pub fn prefix_disk_lost() {
+    counter!(PREFIX_DISK_LOST).increment(1);
+}
+
+/// A file of the prefix cache is not what its name says.
+pub fn prefix_disk_damaged() {
+    counter!(PREFIX_DISK_DAMAGED).increment(1);
+}
+
 /// Counts one event stream for as long as it lives.
 #[derive(Debug)]
 pub struct StreamOpen(());
@@ -245,6 +304,7 @@ mod tests {
         time_between_tokens("m", took);
         occupancy("m", 3, 2, 8);
         step("m", 5, took);
+        parked("m", 2, 70);
         speculation("m", 7, 3);
         state_stored(1000, took);
         state_failed();
@@ -268,6 +328,8 @@ mod tests {
             (r#"rewake_seats_total{model="m"}"#, 8.0),
             (r#"rewake_steps_total{model="m"}"#, 1.0),
             (r#"rewake_step_tokens_total{model="m"}"#, 5.0),
+            (r#"rewake_parked_jobs{model="m"}"#, 2.0),
+            (r#"rewake_parked_bytes{model="m"}"#, 70.0),
             (r#"rewake_drafted_tokens_total{model="m"}"#, 7.0),
             (r#"rewake_drafted_tokens_accepted_total{model="m"}"#, 3.0),
             (r#"rewake_prefix_lookups_total{model="m",outcome="hit"}"#, 1.0),

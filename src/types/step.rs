@@ -10,14 +10,24 @@ pub struct Row {
     pub seq: SeqId,
     /// The slot whose state the span starts from.
     pub from: SlotId,
-    /// The slot that holds the state after the span; equal to `from` for work in place. A slot written by one row
-    /// of a step is never read or written by another row of it.
+    /// The slot that holds the state after the span; equal to `from` for work in place. A slot written by one row of a step
+    /// is never read or written by another row of it, unless that [goes on](Row::goes_on) from it.
     pub into: SlotId,
     /// Absolute position of the span's first token in its sequence.
     pub at: u64,
     /// Which of the step's ids are this span; never empty.
     pub tokens: Range<usize>,
     pub want: Want,
+}
+
+impl Row {
+    /// Whether this is the next span of the same sequence as the row just `before` it in the step, and begins from the state
+    /// that it leaves. So a sequence leaves states on its way, each in a slot of its own; the last may be the one where the
+    /// first began.
+    pub fn goes_on(&self, before: &Row) -> bool {
+        let next = before.at.checked_add(before.tokens.len() as u64);
+        self.seq == before.seq && self.from == before.into && next == Some(self.at)
+    }
 }
 
 /// What a row wants to know of its span.

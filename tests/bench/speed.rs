@@ -44,7 +44,7 @@ fn ids(count: usize) -> Vec<u32> {
 fn engine(model: Model, text: Arc<dyn Tokenizer>) -> Handle {
     let config::Engine { seats, queue, budget, busy_budget, threads, .. } = config::Engine::default();
     let team = Team::new(threads).expect("threads");
-    let backend = ModelBackend::new(model, 2 * seats, Arc::new(team)).expect("a pool");
+    let backend = ModelBackend::new(model, seats, Arc::new(team)).expect("a pool");
     Handle::start("bench", backend, text, Limits { seats, queue, budget, busy_budget }).expect("a thread")
 }
 

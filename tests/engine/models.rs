@@ -14,7 +14,7 @@ fn engine(case: &str, speculation: Speculation) -> Handle {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(case).join("model.safetensors");
     let model = load(&Checkpoint::open(&path).expect("a checkpoint"), &LoadOptions::default()).expect("a model");
     let team = Arc::new(Team::new(2).expect("threads"));
-    let backend = ModelBackend::new(model, 2 * LIMITS.seats, team).expect("a pool").speculating(speculation);
+    let backend = ModelBackend::new(model, LIMITS.seats, team).expect("a pool").speculating(speculation);
     Handle::start(case, backend, text::bytes(), LIMITS).expect("a thread")
 }
 

@@ -39,7 +39,54 @@ pub fn chunks(model: &mut Model, tokens: &[u32], sizes: &[usize], name: &str) ->
     let part = steps(model, &mut pool, tokens, &[row]);
     let vocabulary = model.description().vocabulary;
     assert!(bits(&part) == whole.0[first * vocabulary..], "{name}, logits from token {first} on");
+    if model.description().state_bytes_per_token == 0 {
+        sizes.iter().for_each(|&size| on_the_way(model, tokens, size, &format!("{name}, states {size} apart")));
+    }
     whole
+}
+
+/// In one step, with the states after every `size` tokens left in slots of their own and another text beside it: what reading
+/// in as many steps gives.
+fn on_the_way(model: &mut Model, tokens: &[u32], size: usize, name: &str) {
+    let count = tokens.len().div_ceil(size) as u32;
+    let mut pool = model.pool(count as usize + 2).expect("a pool");
+    let fresh = |pool: &mut Pool| [0, 1].iter().for_each(|&slot| pool.reset(SlotId(slot)));
+    fresh(&mut pool);
+    let (mut logits, mut states, mut at) = (Vec::new(), Vec::new(), 0);
+    for chunk in tokens.chunks(size) {
+        logits.extend(read(model, &mut pool, chunk, at, 0, 0));
+        states.push(flat(&pool.snapshot(SlotId(0))));
+        at += chunk.len();
+    }
+    let beside = read(model, &mut pool, tokens, 0, 1, 1);
+    fresh(&mut pool);
+    // The last begins from its own slot and the first leaves it; then the other way round.
+    for end in [0, count + 1] {
+        let slot = |n: u32| {
+            SlotId(if n == 0 {
+                0
+            } else if n == count {
+                end
+            } else {
+                n + 1
+            })
+        };
+        fresh(&mut pool);
+        let chunk = |n: u32| n as usize * size..tokens.len().min((n as usize + 1) * size);
+        let row = |n: u32| {
+            let (from, into, tokens) = (slot(n), slot(n + 1), chunk(n));
+            Row { seq: SeqId(0), from, into, at: tokens.start as u64, tokens, want: Want::All }
+        };
+        let own = tokens.len()..2 * tokens.len();
+        let other = Row { seq: SeqId(1), from: SlotId(1), into: SlotId(1), at: 0, tokens: own, want: Want::All };
+        let rows: Vec<Row> = (0..count).map(row).chain([other]).collect();
+        let got = steps(model, &mut pool, &tokens.repeat(2), &rows);
+        let (mine, others) = got.split_at(tokens.len());
+        assert!(bits(mine) == bits(&logits) && bits(others) == bits(&beside), "{name}: logits");
+        for (n, state) in states.iter().enumerate() {
+            assert!(flat(&pool.snapshot(slot(n as u32 + 1))) == *state, "{name}: state {n}");
+        }
+    }
 }
 
 /// What each of many sequences gives is what it gives alone; these read the same tokens from another place on each.

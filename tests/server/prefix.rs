@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use futures::future::join_all;
 use rewake::api::{Key, KeyHash};
+use rewake::app::{App, load_models};
 use rewake::config::{Config, Model};
 use rewake::session::PrefixLimits;
-use rewake::state::InMemory;
+use rewake::state::{InMemory, Local};
 use rewake::types::Tenant;
 use serde_json::{Value, json};
 
@@ -229,6 +230,35 @@ async fn it_can_be_turned_off_and_small() {
             assert!(least > 0 || cached(&reply) == 0, "nothing is kept");
         }
     }
+}
+
+/// A server with a prefix cache on disk that is stopped as a server is.
+#[tokio::test]
+async fn it_outlives_the_server() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let prefix_cache = PrefixLimits { disk_bytes: 1 << 30, ..PrefixLimits::default() };
+    let model = vec![Model { name: "outlives".into(), ..Model::default() }];
+    let config = Config { prefix_cache, model, ..config() };
+    let serve = async || {
+        let disk = Arc::new(Local::open(folder.path()).await.expect("a folder"));
+        let app = App::with_stores(&config, Arc::new(InMemory::default()), Some(disk)).expect("the router");
+        app.sessions.open(load_models(&config, &|_, _, _| {}).expect("the embedded model"));
+        app
+    };
+    let prompt = ids(77, 300);
+    let expected = essence(&stranger().ok(COMPLETIONS, ask(&prompt)).await);
+    for least in [0, 200] {
+        let app = serve().await;
+        app.sessions.prefix_settled().await;
+        let reply = Client::of(app.router.clone()).ok(COMPLETIONS, ask(&prompt)).await;
+        assert_eq!(essence(&reply), expected);
+        assert!((cached(&reply) > 0) == (least > 0) && cached(&reply) >= least, "{}", reply.text);
+        app.sessions.drain();
+        app.sessions.finish(std::time::Duration::from_secs(60)).await;
+    }
+    let client = Client::of(serve().await.router);
+    assert!(metric(&client, "rewake_prefix_disk_hits_total", "outlives").await >= 1);
+    assert!(metric(&client, "rewake_cached_tokens_total", "outlives").await >= 200);
 }
 
 /// States of every shape, those that grow with the text among them.

@@ -51,7 +51,8 @@ struct Told {
 
 struct World {
     store: Arc<InMemory>,
-    archive: Archive,
+    /// Two servers, which do not tell each other what they have seen.
+    servers: [Archive; 2],
     told: BTreeMap<usize, Told>,
     /// States without a session, each with the state that it was made from.
     children: Vec<(u64, u64)>,
@@ -66,8 +67,13 @@ fn name(n: usize) -> SessionId {
 impl World {
     fn new() -> Self {
         let store = Arc::new(InMemory::default());
-        let archive = Archive::new(store.clone()).with_grace(100);
-        Self { store, archive, told: BTreeMap::new(), children: Vec::new(), made: 0, now: 1_000 }
+        let servers = [(); 2].map(|()| Archive::new(store.clone()).with_grace(100));
+        Self { store, servers, told: BTreeMap::new(), children: Vec::new(), made: 0, now: 1_000 }
+    }
+
+    /// The one whose turn it is.
+    fn archive(&self) -> &Archive {
+        &self.servers[(self.now / 3 % 2) as usize]
     }
 
     async fn act(&mut self, action: &Action) {
@@ -76,13 +82,13 @@ impl World {
         match *action {
             Action::Turn(s) => {
                 self.made += 1;
-                let head = self.archive.head(&a, &name(s)).await.unwrap();
+                let head = self.archive().head(&a, &name(s)).await.unwrap();
                 let mut snapshot = made_by(0, &name(s));
                 (snapshot.head.id, snapshot.head.record) = (id(self.made), Some(head.next()));
                 snapshot.head.turn = head.depth() + 1;
-                self.archive.keep(Arc::new(snapshot)).await.unwrap();
+                self.archive().keep(Arc::new(snapshot)).await.unwrap();
                 let record = TurnRecord { created: self.now, ..turn(self.made) };
-                let commit = self.archive.commit(&a, &name(s), &head, &record).await.unwrap();
+                let commit = self.archive().commit(&a, &name(s), &head, &record).await.unwrap();
                 assert_eq!(commit, Commit::Committed);
                 let told = self.told.entry(s).or_default();
                 told.turns.push(self.made);
@@ -91,11 +97,11 @@ impl World {
             Action::Fork(s, to, at) => {
                 let Some(from) = self.told.get(&s).cloned() else { return };
                 let depth = at as usize % from.turns.len() + 1;
-                let head = self.archive.head(&a, &name(s)).await.unwrap().live.unwrap();
+                let head = self.archive().head(&a, &name(s)).await.unwrap().live.unwrap();
                 let at = At::Number(depth as u64);
-                let turn = self.archive.turn(&a, &name(s), &head, &at).await.unwrap().expect("it has as many");
+                let turn = self.archive().turn(&a, &name(s), &head, &at).await.unwrap().expect("it has as many");
                 let forking = Forking { from: &name(s), head: &head, turn: &turn, to: &name(to) };
-                let commit = self.archive.fork(&a, forking, self.now).await.unwrap();
+                let commit = self.archive().fork(&a, forking, self.now).await.unwrap();
                 assert_eq!(commit == Commit::Taken, self.told.contains_key(&to));
                 if commit == Commit::Committed {
                     let turns = from.turns[..depth].to_vec();
@@ -117,18 +123,18 @@ impl World {
                 self.go_back(s, At::State(state)).await;
             }
             Action::Delete(s) => {
-                let deleted = self.archive.delete(&a, &name(s), self.now).await.unwrap();
+                let deleted = self.archive().delete(&a, &name(s), self.now).await.unwrap();
                 assert_eq!(deleted, self.told.remove(&s).is_some());
             }
             Action::Child(s) => {
                 let Some(told) = self.told.get(&s) else { return };
                 self.made += 1;
                 let (child, parent) = (self.made, *told.turns.last().expect("a turn at least"));
-                let by = self.archive.origin_of(&a, &id(parent)).await.unwrap().expect("a session made it").session;
-                self.archive.note_child(&a, &by, (&id(parent), &id(child)), self.now).await.unwrap();
+                let by = self.archive().origin_of(&a, &id(parent)).await.unwrap().expect("a session made it").session;
+                self.archive().note_child(&a, &by, (&id(parent), &id(child)), self.now).await.unwrap();
                 let mut snapshot = super::snapshot(0);
                 (snapshot.head.id, snapshot.head.parent) = (id(child), Some(id(parent)));
-                self.archive.keep(Arc::new(snapshot)).await.unwrap();
+                self.archive().keep(Arc::new(snapshot)).await.unwrap();
                 self.children.push((child, parent));
             }
             Action::Sweep => self.sweep().await,
@@ -137,10 +143,10 @@ impl World {
 
     async fn go_back(&self, s: usize, at: At) {
         let (a, s) = (tenant("a"), name(s));
-        let head = self.archive.head(&a, &s).await.unwrap();
-        let turn = self.archive.turn(&a, &s, head.live.as_ref().unwrap(), &at).await.unwrap().expect("it had it");
+        let head = self.archive().head(&a, &s).await.unwrap();
+        let turn = self.archive().turn(&a, &s, head.live.as_ref().unwrap(), &at).await.unwrap().expect("it had it");
         let entry = head.back(&turn, self.now);
-        assert_eq!(self.archive.commit_entry(&a, &s, &entry).await.unwrap(), Commit::Committed);
+        assert_eq!(self.archive().commit_entry(&a, &s, &entry).await.unwrap(), Commit::Committed);
     }
 
     /// The sweep when everything that was done is long ago.
@@ -148,11 +154,11 @@ impl World {
         let a = tenant("a");
         self.now += 1_000;
         for name in self.store.children("t/a/sessions", None, 99).await.unwrap() {
-            self.archive.reclaim(&a, &session(&name), self.now).await.unwrap();
+            self.archive().reclaim(&a, &session(&name), self.now).await.unwrap();
         }
         for name in self.store.children("t/a/states", None, 999).await.unwrap() {
             let id = rewake::types::StateId::parse(name).unwrap();
-            let found = self.archive.remnant(&a, &id, u64::MAX / 2).await.unwrap();
+            let found = self.archive().remnant(&a, &id, u64::MAX / 2).await.unwrap();
             assert_eq!(found, None, "{id}: nothing was cut off here");
         }
     }
@@ -162,29 +168,29 @@ impl World {
         let mut needed = BTreeSet::new();
         for (s, told) in &self.told {
             let s = name(*s);
-            let head = self.archive.head(&a, &s).await.unwrap().live.expect("it lives");
+            let head = self.archive().head(&a, &s).await.unwrap().live.expect("it lives");
             assert_eq!((head.depth, head.record.seed), (told.turns.len() as u64, *told.turns.last().unwrap()));
-            let all = self.archive.turns(&a, &s, 0, 99).await.unwrap().unwrap();
+            let all = self.archive().turns(&a, &s, 0, 99).await.unwrap().unwrap();
             let seeds: Vec<u64> = all.data.iter().map(|entry| entry.record.seed).collect();
             assert_eq!((&seeds, all.has_more), (&told.turns, false));
             assert!(all.data.iter().zip(1..).all(|(entry, depth)| entry.depth == depth));
             // Page by page it is the same.
             let mut pages = Vec::new();
             for after in (0..told.turns.len() as u64).step_by(2) {
-                let page = self.archive.turns(&a, &s, after, 2).await.unwrap().unwrap();
+                let page = self.archive().turns(&a, &s, after, 2).await.unwrap().unwrap();
                 assert_eq!(page.has_more, after + 2 < told.turns.len() as u64);
                 pages.extend(page.data);
             }
             assert_eq!(pages, all.data);
             for turn in &told.turns {
-                let found = self.archive.turn(&a, &s, &head, &At::State(id(*turn))).await.unwrap();
+                let found = self.archive().turn(&a, &s, &head, &At::State(id(*turn))).await.unwrap();
                 assert_eq!(found.map(|turn| turn.entry.record.seed), Some(*turn));
             }
             needed.extend(told.turns.iter().copied());
         }
         needed.extend(self.children.iter().flat_map(|(child, parent)| [*child, *parent]));
         for state in needed {
-            assert!(self.archive.info(&a, &id(state), 0).await.unwrap().is_some(), "state {state} is needed");
+            assert!(self.archive().info(&a, &id(state), 0).await.unwrap().is_some(), "state {state} is needed");
         }
     }
 }
@@ -203,7 +209,7 @@ proptest! {
             }
             // In the end nothing is left of what nobody has: a tombstone for each name, and the free-standing states.
             for s in 0..SESSIONS {
-                world.archive.delete(&tenant("a"), &name(s), world.now).await.unwrap();
+                world.archive().delete(&tenant("a"), &name(s), world.now).await.unwrap();
             }
             world.told.clear();
             // A source may be freed by a fork that only this sweep frees.

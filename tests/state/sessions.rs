@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use rewake::state::{Archive, At, Commit, Error, Forking, InMemory, Local, Store};
+use rewake::state::{Archive, At, Bounded, Commit, Error, Forking, InMemory, Local, Store, Tiered, is_state};
 use rewake::types::{SessionId, TurnRecord};
 
 use super::support::store::{Failing, Op, Recording};
@@ -246,4 +246,60 @@ async fn sessions_are_listed_by_name_without_the_deleted() {
     assert_eq!(page(Some("a"), 0).await, (String::new(), true));
     let listed = archive.sessions(&a, None, 9).await.unwrap();
     assert_eq!((listed.data[2].1.turn, listed.data[2].1.record.seed), (1, 2));
+}
+
+/// What a store of `turns` turns is asked when the session is forked at its head.
+async fn asked_for_a_fork(store: impl Store, turns: u64) -> Vec<Op> {
+    let store = Arc::new(Recording::new(store));
+    let (archive, a, s) = (Archive::new(store.clone()), tenant("a"), session("s"));
+    for n in 0..turns {
+        let head = archive.head(&a, &s).await.unwrap();
+        assert_eq!(archive.commit(&a, &s, &head, &turn(n)).await.unwrap(), Commit::Committed);
+    }
+    store.forget();
+    assert_eq!(fork_at(&archive, &s, turns, &session("fork")).await, Commit::Committed);
+    let asked = store.log();
+    assert_eq!(archive.head(&a, &session("fork")).await.unwrap().depth(), turns);
+    asked
+}
+
+#[tokio::test]
+async fn what_a_fork_asks_of_a_store_does_not_depend_on_the_turns_before_it() {
+    let tiered = || Tiered::new(Bounded::new(InMemory::default(), 1 << 20), Arc::new(InMemory::default()), is_state);
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let local = async |n: usize| Local::open(folders[n].path()).await.unwrap();
+    for [short, long] in [
+        [asked_for_a_fork(InMemory::default(), 10).await, asked_for_a_fork(InMemory::default(), 1000).await],
+        [asked_for_a_fork(tiered(), 10).await, asked_for_a_fork(tiered(), 1000).await],
+        [asked_for_a_fork(local(0).await, 10).await, asked_for_a_fork(local(1).await, 200).await],
+    ] {
+        assert_eq!(short.len(), long.len());
+        assert!(long.len() <= 14, "{long:?}");
+        // Only the new name is looked up by a listing, of a folder that is not there.
+        let listed: Vec<&str> = long.iter().filter(|op| matches!(op, Op::Listed(_))).map(Op::key).collect();
+        assert_eq!(listed, ["t/a/sessions/fork"]);
+    }
+}
+
+#[tokio::test]
+async fn a_head_that_another_server_moved_is_found() {
+    let store = Arc::new(InMemory::default());
+    let servers = [(); 3].map(|()| Archive::new(store.clone()).with_grace(10));
+    let (a, s) = (tenant("a"), session("s"));
+    for n in 0..9 {
+        assert_eq!(run(&servers[n as usize % 2], &s, &turn(n)).await, n + 1);
+    }
+    // What a server saw long ago is still there, as a fork needs it; what came after is gone, and the name is taken again.
+    assert_eq!(servers[2].head(&a, &s).await.unwrap().last, 9);
+    assert_eq!(run(&servers[0], &s, &turn(9)).await, 10);
+    assert_eq!(fork_at(&servers[0], &s, 9, &session("fork")).await, Commit::Committed);
+    assert!(servers[0].delete(&a, &s, 200).await.unwrap());
+    assert_eq!(run(&servers[0], &s, &turn(3)).await, 12);
+    let reclaimed = servers[0].reclaim(&a, &s, LATER).await.unwrap();
+    assert!(reclaimed.records > 0);
+    assert_eq!(servers[0].names("t/a/sessions/s", None, 99).await.unwrap().len(), 11, "of 12, the tenth is gone");
+    for server in &servers {
+        let head = server.head(&a, &s).await.unwrap();
+        assert_eq!((head.last, head.depth()), (12, 1));
+    }
 }

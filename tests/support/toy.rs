@@ -61,10 +61,11 @@ impl Backend for Toy {
             Some((at, Failure::Panic)) if at == step => panic!("the toy was told to panic"),
             _ => {}
         }
-        let written: Vec<_> = rows.iter().map(|row| row.into).collect();
-        for row in rows {
-            let twice = written.iter().filter(|&&slot| slot == row.into).count() > 1;
-            let shared = row.from != row.into && written.contains(&row.from);
+        let chain = |at: usize| (1..=at).filter(|&at| !rows[at].goes_on(&rows[at - 1])).count();
+        let written: Vec<_> = rows.iter().enumerate().map(|(at, row)| (row.into, chain(at))).collect();
+        for (at, row) in rows.iter().enumerate() {
+            let twice = written.iter().filter(|&&(slot, _)| slot == row.into).count() > 1;
+            let shared = written.iter().any(|&(slot, by)| slot == row.from && by != chain(at));
             assert!(!twice && !shared, "a slot is written by one row and used by another: {rows:?}");
             let mut hash = self.memory[row.from.0 as usize];
             assert!(!hash.is_nan(), "a slot is read that was never written");

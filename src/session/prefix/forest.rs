@@ -137,6 +137,23 @@ impl<K: Ord + Clone, V> Forest<K, V> {
         (depth, 0)
     }
 
+    /// The root above a place, and the ids from there to it.
+    pub fn path(&self, place: Place) -> Option<(K, Vec<u32>)> {
+        let (mut labels, mut at) = (Vec::new(), place);
+        loop {
+            let node = self.nodes.get(&at)?;
+            match &node.above {
+                Above::Nothing(root) => {
+                    return Some((root.clone(), labels.into_iter().rev().flatten().copied().collect()));
+                }
+                Above::Node(above) => {
+                    labels.push(&node.label);
+                    at = *above;
+                }
+            }
+        }
+    }
+
     /// How many known texts go on from here, each another way.
     pub fn ways(&self, place: Place) -> usize {
         self.nodes.get(&place).map_or(0, |node| node.below.len())

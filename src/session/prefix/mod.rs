@@ -9,8 +9,10 @@
 //! for have been submitted and wait for nobody, so there is no circle. When they end without having come that far, it looks
 //! again and goes on by itself. It waits for its own tenant only, a few times at most, and never when little is to be saved.
 
+mod disk;
 mod flights;
 mod forest;
+mod ledger;
 mod shelf;
 mod spacing;
 
@@ -24,16 +26,18 @@ use super::initial::Fresh;
 use super::origin::Parent;
 use super::{Cached, Model};
 use crate::engine::{self, Checkpoint, Checkpoints, Job, Permit};
+use crate::state::Store;
 use crate::telemetry::metrics;
 use crate::types::{Memory, TAIL, Tenant};
+use disk::Disk;
 use flights::{Flight, Flights};
-use shelf::{From, Root, Shelf};
+use shelf::{From, Gone, Root, Shelf};
 use spacing::{Cost, Stops, Text, stops};
 
 /// How often a job waits for what another one is reading before it reads by itself.
 const PATIENCE: usize = 4;
 
-/// Tokens that waiting must save.
+/// Tokens that waiting must save, for another job or for the disk.
 const WORTH_WAITING: usize = 64;
 
 /// How much is kept of what was read.
@@ -43,13 +47,15 @@ pub struct PrefixLimits {
     pub enabled: bool,
     /// Of all states that are kept, over all models and tenants.
     pub bytes: u64,
+    /// Of those that had no room there and are kept on disk; 0 = none.
+    pub disk_bytes: u64,
     /// Tokens between states that are kept of a long prompt, where they are closest.
     pub spacing: usize,
 }
 
 impl Default for PrefixLimits {
     fn default() -> Self {
-        Self { enabled: true, bytes: 1 << 30, spacing: 48 }
+        Self { enabled: true, bytes: 1 << 30, disk_bytes: 0, spacing: 48 }
     }
 }
 
@@ -57,6 +63,7 @@ impl Default for PrefixLimits {
 pub(super) struct PrefixCache {
     spacing: usize,
     inside: Mutex<Inside>,
+    disk: Option<Arc<Disk>>,
 }
 
 struct Inside {
@@ -84,6 +91,19 @@ struct Source {
     boundaries: Vec<usize>,
 }
 
+impl Source {
+    /// The last ids that were read when `ids` of a text were, as a memory holds them.
+    fn recent(&self, ids: &[u32]) -> Vec<u32> {
+        let mut recent = self.tail.clone();
+        recent.extend(&ids[ids.len().saturating_sub(TAIL)..]);
+        recent.drain(..recent.len().saturating_sub(TAIL));
+        recent
+    }
+}
+
+/// A state and how many ids of a text it has read.
+type Known = (usize, Arc<Memory>);
+
 /// How to begin reading a text.
 enum Way {
     /// Somebody is reading it: wait until it has come so far.
@@ -100,27 +120,82 @@ struct Start {
 }
 
 impl PrefixCache {
-    /// `None` when nothing is to be kept.
-    pub fn new(limits: &PrefixLimits) -> Option<Self> {
+    /// `None` when nothing is to be kept. What has no room in memory goes to `disk`, if there is one.
+    pub fn new(limits: &PrefixLimits, disk: Option<Arc<dyn Store>>) -> Option<Self> {
+        if !limits.enabled || limits.bytes == 0 {
+            return None;
+        }
         let inside = Inside { shelf: Shelf::new(limits.bytes), flights: Flights::default() };
-        let cache = Self { spacing: limits.spacing, inside: Mutex::new(inside) };
-        (limits.enabled && limits.bytes > 0).then_some(cache)
+        let disk = disk.filter(|_| limits.disk_bytes > 0).map(|store| Disk::open(store, limits.disk_bytes));
+        Some(Self { spacing: limits.spacing, inside: Mutex::new(inside), disk })
+    }
+
+    /// Waits until all that was given up so far is on disk, and all that is there is known.
+    pub async fn settled(&self) {
+        if let Some(disk) = &self.disk {
+            disk.settled().await;
+        }
+    }
+
+    /// Puts what is in memory on disk, for the next process.
+    pub async fn hand_over(&self) {
+        let Some(disk) = &self.disk else { return };
+        let all = self.lock().shelf.clear();
+        for gone in all {
+            disk.write_now(gone).await;
+        }
+        disk.settled().await;
+    }
+
+    /// Keeps the state of a text, and says so.
+    fn keep(&self, source: &Source, ids: &[u32], memory: Arc<Memory>) {
+        let mut inside = self.lock();
+        let evictions = inside.shelf.evictions;
+        let gone = inside.shelf.put(&source.tenant, &source.root, ids, memory);
+        let (bytes, entries) = (inside.shelf.bytes(), inside.shelf.entries());
+        let evicted = inside.shelf.evictions - evictions;
+        drop(inside);
+        metrics::prefix_holds(bytes, entries, evicted);
+        gone.into_iter().for_each(|gone| self.let_go(gone));
+    }
+
+    fn let_go(&self, gone: Gone) {
+        if let Some(disk) = &self.disk {
+            disk.file(gone);
+        }
+    }
+
+    /// What is on disk of a text, if that is worth its time. It is in memory then, too, where others find it.
+    async fn fetch(&self, source: &Source, ids: &[u32], model: &Model) -> Option<Known> {
+        let disk = self.disk.as_ref()?;
+        let known = self.lock().shelf.find(&source.tenant, &source.root, ids).depth;
+        let (depth, memory) = disk.fetch(source, ids, known + WORTH_WAITING, model).await?;
+        self.keep(source, &ids[..depth], memory.clone());
+        Some((depth, memory))
     }
 
     fn lock(&self) -> MutexGuard<'_, Inside> {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks for what is known of a text, and says what is to be kept of the rest.
-    fn look(&self, source: &Source, ids: &Arc<[u32]>, patient: bool) -> Way {
+    /// Looks for what is known of a text, beside what was `fetched`, and says what is to be kept of the rest.
+    fn look(&self, source: &Source, ids: &Arc<[u32]>, fetched: Option<&Known>, patient: bool) -> Way {
         let mut inside = self.lock();
         let found = inside.shelf.find(&source.tenant, &source.root, ids);
         let seen = inside.flights.look(&source.tenant, &source.root, ids);
-        if let Some((reached, at)) = seen.ahead.filter(|&(_, at)| patient && at >= found.depth + WORTH_WAITING) {
+        let fetched = fetched.filter(|(depth, _)| *depth > found.depth);
+        let known = fetched.map_or(found.depth, |(depth, _)| *depth);
+        if let Some((reached, at)) = seen.ahead.filter(|&(_, at)| patient && at >= known + WORTH_WAITING) {
             return Way::Follow(reached, at);
         }
-        let memory = inside.shelf.take(&source.tenant, &found);
-        let depth = if memory.is_some() { found.depth } else { 0 };
+        let (depth, memory) = match fetched {
+            // It was put into memory and had to go at once.
+            Some((depth, memory)) => (*depth, Some(memory.clone())),
+            None => {
+                let memory = inside.shelf.take(&source.tenant, &found);
+                (if memory.is_some() { found.depth } else { 0 }, memory)
+            }
+        };
         // A text that is known to its end parts from itself before the last token, which is read anyhow.
         let parts = found.known.max(seen.known).min(ids.len().saturating_sub(1));
         let forks: Vec<usize> = found.forks.into_iter().chain([parts]).collect();
@@ -173,18 +248,19 @@ impl Reader {
     pub fn run(self, model: Arc<Model>, job: Job, permit: Permit) -> impl Stream<Item = engine::Event> + Send {
         let started = async move {
             // A response that goes on is nobody else's text.
-            let (job, known) = if job.goes_on { (job, Vec::new()) } else { self.shorten(job).await };
+            let (job, known) = if job.goes_on { (job, Vec::new()) } else { self.shorten(&model, job).await };
             events(&model, job, permit).map(move |event| whole(event, &known))
         };
         stream::once(started).flatten()
     }
 
     /// The job without what was read before, and the ids of that.
-    async fn shorten(&self, mut job: Job) -> (Job, Vec<u32>) {
+    async fn shorten(&self, model: &Model, mut job: Job) -> (Job, Vec<u32>) {
         let ids: Arc<[u32]> = job.ids.as_slice().into();
+        let fetched = self.cache.fetch(&self.source, &ids, model).await;
         let mut patience = PATIENCE;
         let start = loop {
-            match self.cache.look(&self.source, &ids, patience > 0) {
+            match self.cache.look(&self.source, &ids, fetched.as_ref(), patience > 0) {
                 Way::Go(start) => break start,
                 Way::Follow(mut reached, at) => {
                     patience -= 1;
@@ -241,32 +317,19 @@ struct Recorder {
 
 impl Recorder {
     fn record(&self, Checkpoint { read, answer, segments }: Checkpoint) {
-        let Source { tenant, root, consumed, tail, .. } = &*self.source;
         let reached = self.depth + read;
         // Of ids that are not the job's nothing can be kept; this is no place to fail.
         let Some(read) = self.ids.get(..reached) else { return };
         let mut ids = read.to_vec();
         ids.extend(answer);
-        let mut recent = tail.clone();
-        recent.extend(&ids[ids.len().saturating_sub(TAIL)..]);
-        recent.drain(..recent.len().saturating_sub(TAIL));
-        let consumed = consumed + ids.len() as u64;
-        let memory = Arc::new(Memory { segments, consumed, tail: recent, ..Memory::default() });
-        let mut inside = self.cache.lock();
-        let evictions = inside.shelf.evictions;
-        let gone = if ids.len() - self.depth < spacing::LEAST {
-            vec![memory]
-        } else {
-            inside.shelf.put(tenant, root, &ids, memory)
-        };
-        if let Some(flight) = self.flight {
-            inside.flights.reach(flight, reached);
+        if ids.len() - self.depth >= spacing::LEAST {
+            let (consumed, tail) = (self.source.consumed + ids.len() as u64, self.source.recent(&ids));
+            let memory = Arc::new(Memory { segments, consumed, tail, ..Memory::default() });
+            self.cache.keep(&self.source, &ids, memory);
         }
-        let (bytes, entries) = (inside.shelf.bytes(), inside.shelf.entries());
-        let evicted = inside.shelf.evictions - evictions;
-        drop(inside);
-        metrics::prefix_holds(bytes, entries, evicted);
-        drop(gone);
+        if let Some(flight) = self.flight {
+            self.cache.lock().flights.reach(flight, reached);
+        }
     }
 }
 

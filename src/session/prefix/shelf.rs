@@ -58,12 +58,34 @@ struct Entry {
     rank: u64,
 }
 
+/// What had no place, or lost it.
+#[derive(Debug)]
+pub(super) struct Gone {
+    pub memory: Arc<Memory>,
+    /// `None` when it was never kept.
+    pub was: Option<Was>,
+}
+
+/// Where a state was kept.
+#[derive(Debug)]
+pub(super) struct Was {
+    pub tenant: Tenant,
+    pub root: Root,
+    pub ids: Vec<u32>,
+    /// How many tokens have to be read again without it.
+    pub saves: usize,
+}
+
+/// What a state is worth that was used so often, saves reading so many tokens, and takes so many bytes.
+pub(super) fn worth(uses: u64, saves: usize, bytes: u64) -> u64 {
+    let worth = (u128::from(uses) * saves as u128) << 32;
+    u64::try_from(worth / u128::from(bytes.max(1))).unwrap_or(u64::MAX)
+}
+
 impl Entry {
     fn ranked(&self, ways: usize, (depth, above): (usize, usize)) -> u64 {
-        let uses = u128::from(self.uses) + ways.saturating_sub(1) as u128;
-        let worth = (uses * (depth - above) as u128) << 32;
-        let worth = u64::try_from(worth / u128::from(self.bytes.max(1))).unwrap_or(u64::MAX);
-        self.since.saturating_add(worth)
+        let uses = self.uses.saturating_add(ways.saturating_sub(1) as u64);
+        self.since.saturating_add(worth(uses, depth - above, self.bytes))
     }
 }
 
@@ -88,8 +110,8 @@ impl Share {
         self.queue.insert((entry.rank, place));
     }
 
-    /// Takes out what is least worth keeping.
-    fn give_up(&mut self) -> Option<Arc<Memory>> {
+    /// Takes out what is least worth keeping of what `tenant` has here.
+    fn give_up(&mut self, tenant: &Tenant) -> Option<Gone> {
         loop {
             let (rank, place) = self.queue.pop_first()?;
             let now = self.rank(place)?;
@@ -100,9 +122,11 @@ impl Share {
                 continue;
             }
             self.floor = self.floor.max(rank);
+            let ((depth, above), (root, ids)) = (self.forest.depths(place), self.forest.path(place)?);
             let entry = self.forest.remove(place)?;
             self.bytes -= entry.bytes;
-            return Some(entry.memory);
+            let was = Was { tenant: tenant.clone(), root, ids, saves: depth - above };
+            return Some(Gone { memory: entry.memory, was: Some(was) });
         }
     }
 
@@ -142,17 +166,28 @@ impl Shelf {
         share.forest.get(hit).map(|entry| entry.memory.clone())
     }
 
+    /// Gives all up, what is worth most first.
+    pub fn clear(&mut self) -> Vec<Gone> {
+        let mut gone = Vec::new();
+        for (tenant, mut share) in std::mem::take(&mut self.tenants) {
+            let of_one = std::iter::from_fn(|| share.give_up(&tenant).map(|gone| (share.floor, gone)));
+            gone.extend(of_one);
+        }
+        gone.sort_by_key(|(rank, _)| std::cmp::Reverse(*rank));
+        gone.into_iter().map(|(_, gone)| gone).collect()
+    }
+
     /// Keeps a state that has read `ids`. Gives back what had to go for it, to be dropped where that keeps nobody waiting.
-    pub fn put(&mut self, tenant: &Tenant, root: &Root, ids: &[u32], memory: Arc<Memory>) -> Vec<Arc<Memory>> {
+    pub fn put(&mut self, tenant: &Tenant, root: &Root, ids: &[u32], memory: Arc<Memory>) -> Vec<Gone> {
         let bytes = memory.bytes() + 4 * memory.tail.len() as u64;
         if ids.is_empty() || bytes > self.room {
-            return vec![memory];
+            return vec![Gone { memory, was: None }];
         }
         let share = self.tenants.entry(tenant.clone()).or_insert_with(Share::new);
         let found = share.forest.find(root, ids, ids.len());
         if found.depth == ids.len() {
             // The same text gives the same state.
-            return vec![memory];
+            return vec![Gone { memory, was: None }];
         }
         let entry = Entry { memory, bytes, uses: 0, since: 0, rank: 0 };
         let (place, _) = share.forest.insert(root, ids, entry);
@@ -161,7 +196,7 @@ impl Shelf {
         let mut gone = Vec::new();
         while self.bytes() > self.room {
             let Some((tenant, share)) = self.tenants.iter_mut().max_by_key(|(_, share)| share.total()) else { break };
-            gone.extend(share.give_up());
+            gone.extend(share.give_up(tenant));
             self.evictions += 1;
             if share.queue.is_empty() {
                 let tenant = tenant.clone();
