@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, Storage, Tensor, bail};
 
 use super::Error;
-use super::kernels::{self, Activation, Panels, Weight};
+use super::kernels::{self, Activation, Panels, Product, Weight};
 use super::weights::Loader;
 
 /// How a checkpoint stores a matrix.
@@ -86,6 +86,17 @@ impl Linear {
         out.inplace_op2(x, self)
     }
 
+    /// Writes `f(x · Wᵀ)` into `out`.
+    pub fn forward_then(&self, x: &Tensor, out: &Tensor, f: Activation) -> Result<()> {
+        out.inplace_op2(x, &Then(self, f))
+    }
+
+    /// `out = f(x · Wᵀ)`, to be computed together with others; of a layer without a bias.
+    pub fn product<'a>(&'a self, x: &'a [f32], out: &'a mut [f32], f: Option<Activation>) -> Product<'a> {
+        assert!(self.bias.is_empty(), "a bias is not added here");
+        Product::new(&self.weights, x, out, f)
+    }
+
     pub fn outputs(&self) -> usize {
         self.weights.outputs()
     }
@@ -105,6 +116,20 @@ impl InplaceOp2 for Linear {
         if !self.bias.is_empty() {
             out.chunks_exact_mut(outputs).for_each(|row| kernels::add(row, &self.bias));
         }
+        Ok(())
+    }
+}
+
+/// A linear layer and what is applied to its outputs.
+struct Then<'a>(&'a Linear, Activation);
+
+impl InplaceOp2 for Then<'_> {
+    fn name(&self) -> &'static str {
+        "linear, then a function"
+    }
+    fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, x: &CpuStorage, x_l: &Layout) -> Result<()> {
+        let product = self.0.product(floats(x, x_l)?, floats_mut(out, out_l)?, Some(self.1));
+        kernels::multiply_all([product].iter());
         Ok(())
     }
 }

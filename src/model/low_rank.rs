@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::Error;
 use super::block::Step;
-use super::kernels::Activation;
+use super::kernels::{Activation, Product};
 use super::linear::{Linear, Orientation};
 use super::weights::Loader;
 
@@ -44,12 +44,26 @@ impl LowRank {
         }))
     }
 
+    pub fn rank(&self) -> usize {
+        self.down.outputs()
+    }
+
+    /// `hidden [T, r] = f(x [T, C] · W1)`, to be computed together with others.
+    pub fn down<'a>(&'a self, x: &'a [f32], hidden: &'a mut [f32]) -> Product<'a> {
+        self.down.product(x, hidden, self.between)
+    }
+
+    /// `out [T, C] = hidden [T, r] · W2`.
+    pub fn up<'a>(&'a self, hidden: &'a [f32], out: &'a mut [f32]) -> Product<'a> {
+        self.up.product(hidden, out, None)
+    }
+
     /// `x [T, C]` → `out [T, C]`.
     pub fn forward(&self, x: &Tensor, out: &Tensor, step: &mut Step) -> Result<(), Error> {
-        let hidden = step.work.scratch((step.tokens(), self.down.outputs()))?;
-        self.down.forward(x, &hidden)?;
-        if let Some(f) = self.between {
-            hidden.inplace_op1(&f)?;
+        let hidden = step.work.scratch((step.tokens(), self.rank()))?;
+        match self.between {
+            Some(f) => self.down.forward_then(x, &hidden, f)?,
+            None => self.down.forward(x, &hidden)?,
         }
         Ok(self.up.forward(&hidden, out)?)
     }

@@ -4,13 +4,13 @@
 //! `rwkv_pip_package/src/rwkv/model.py`) and of BlinkDL/RWKV-LM, `RWKV-v7/rwkv_v7_demo.py`. C = width, H = heads, N = head size, T =
 //! tokens of the step, r = a low rank.
 
-use candle_core::{CpuStorage, InplaceOp3, Layout, Tensor};
+use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor};
 
 use super::Error;
 use super::block::{Carry, Mixer, Sizes, Step, token_shift};
 use super::generation::{BASE, Generation};
-use super::kernels::{Activation, HeadInputs, HeadParams, MAX_HEAD, Shared, parallel, wkv7_head};
-use super::linear::{self, Linear, Orientation, floats, floats_mut, planes};
+use super::kernels::{Activation, HeadInputs, HeadParams, MAX_HEAD, Shared, multiply_all, parallel, wkv7_head};
+use super::linear::{self, Linear, Orientation, floats, floats_mut};
 use super::low_rank::LowRank;
 use super::weights::{Checkpoint, Loader};
 use crate::types::{Row, Segment};
@@ -116,6 +116,10 @@ impl TimeMix {
         })
     }
 
+    fn low_ranks(&self) -> impl Iterator<Item = &LowRank> {
+        [&self.w, &self.a, &self.g].into_iter().chain(&self.v)
+    }
+
     /// Head `h`'s part of each parameter.
     fn head(&self, h: usize) -> HeadParams<'_> {
         let range = h * self.head_size..(h + 1) * self.head_size;
@@ -146,19 +150,12 @@ impl Mixer for TimeMix {
         let (tokens, width) = x.dims2()?;
         // 1. xr, xw, xk, xv, xa, xg = x + (x_prev - x) · mix
         let mixed = token_shift(x, &self.mixes, 0, step)?;
-        let [xr, xw, xk, xv, xa, xg] = planes(&mixed)?;
-        // 2. the linear layers, each into its plane
-        let inputs = step.work.scratch((7, tokens, width))?;
-        let [r, w, k, v, a, g, vg] = planes(&inputs)?;
-        self.receptance.forward(&xr, &r)?;
-        self.w.forward(&xw, &w, step)?;
-        self.key.forward(&xk, &k)?;
-        self.value.forward(&xv, &v)?;
-        self.a.forward(&xa, &a, step)?;
-        self.g.forward(&xg, &g, step)?;
-        if let Some(gate) = &self.v {
-            gate.forward(&xv, &vg, step)?;
-        }
+        // 2. the linear layers: r, w, k, v, a, g and the value gate, each into its plane; behind them what the low ranks pass on
+        let ranks: usize = self.low_ranks().map(LowRank::rank).sum();
+        let linear = step.work.scratch(tokens * (7 * width + ranks))?;
+        linear.inplace_op2(&mixed, &Linears(self))?;
+        let inputs = linear.narrow(0, 0, 7 * tokens * width)?.reshape((7, tokens, width))?;
+        let v = inputs.get(3)?;
         let first_value = match &carry.first_value {
             Some(first) => first.clone(),
             None => {
@@ -177,6 +174,46 @@ impl Mixer for TimeMix {
         let out = step.work.scratch((tokens, width))?;
         self.output.forward(&y, &out)?;
         Ok(out)
+    }
+}
+
+/// The linear layers of `mixed [6, T, C]` (of r, w, k, v, a, g) → `[7, T, C]` (the same and the value gate), then `[T, r]` of each low
+/// rank: in two passes, as a token waits for each.
+struct Linears<'a>(&'a TimeMix);
+
+impl InplaceOp2 for Linears<'_> {
+    fn name(&self) -> &'static str {
+        "linear layers of v7"
+    }
+    fn cpu_fwd(
+        &self,
+        out: &mut CpuStorage,
+        out_l: &Layout,
+        mixed: &CpuStorage,
+        mixed_l: &Layout,
+    ) -> candle_core::Result<()> {
+        let (mix, mixed, out) = (self.0, floats(mixed, mixed_l)?, floats_mut(out, out_l)?);
+        let plane = mixed.len() / 6;
+        let tokens = plane / (mix.heads * mix.head_size);
+        let x = |n: usize| &mixed[n * plane..][..plane];
+        let (planes, hidden) = out.split_at_mut(7 * plane);
+        let mut planes = planes.chunks_exact_mut(plane);
+        let [r, w, k, v, a, g, gate] = std::array::from_fn(|_| planes.next().expect("seven planes"));
+        let (of_w, rest) = hidden.split_at_mut(tokens * mix.w.rank());
+        let (of_a, rest) = rest.split_at_mut(tokens * mix.a.rank());
+        let (of_g, of_gate) = rest.split_at_mut(tokens * mix.g.rank());
+        let first = [
+            mix.receptance.product(x(0), r, None),
+            mix.key.product(x(2), k, None),
+            mix.value.product(x(3), v, None),
+            mix.w.down(x(1), of_w),
+            mix.a.down(x(4), of_a),
+            mix.g.down(x(5), of_g),
+        ];
+        multiply_all(first.iter().chain(&mix.v.as_ref().map(|low| low.down(x(3), of_gate))));
+        let second = [mix.w.up(of_w, w), mix.a.up(of_a, a), mix.g.up(of_g, g)];
+        multiply_all(second.iter().chain(&mix.v.as_ref().map(|low| low.up(of_gate, gate))));
+        Ok(())
     }
 }
 
@@ -272,8 +309,7 @@ impl ChannelMix {
     pub fn hidden(&self, x: &Tensor, step: &mut Step) -> Result<Tensor, Error> {
         let shifted = token_shift(x, &self.x_k, 0, step)?.get(0)?;
         let inner = step.work.scratch((step.tokens(), self.inner()))?;
-        self.key.forward(&shifted, &inner)?;
-        inner.inplace_op1(&Activation::ReluSquared)?;
+        self.key.forward_then(&shifted, &inner, Activation::ReluSquared)?;
         Ok(inner)
     }
 }

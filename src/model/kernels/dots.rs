@@ -6,11 +6,11 @@
 //! element, whatever the number of rows and the width of registers. ggml computes the same (`ggml_vec_dot_*` in `ggml-cpu/quants.c`) in
 //! another order.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::marker::PhantomData;
 
 use super::activations::Activations;
-use super::matmul::{PANEL, Panels, each_panel};
+use super::matmul::PANEL;
 #[cfg(target_arch = "x86_64")]
 use super::quants::QUAD;
 use super::quants::{Form, GROUP, Of, Part, WithForm};
@@ -26,35 +26,23 @@ const STRETCH: usize = 8;
 #[cfg(target_arch = "x86_64")]
 const FEW: usize = 12;
 
-/// `out [rows, outputs] = x [rows, inputs] · wᵀ`, where `w` holds the quants.
-pub struct Run<'a> {
-    pub w: &'a Panels,
-    pub x: &'a [f32],
-    pub out: &'a mut [f32],
+/// Adds to `sums [rows, PANEL]` what the rows of x make with a panel.
+pub struct Panel<'a> {
+    pub panel: usize,
+    pub x: &'a Activations,
+    pub sums: &'a mut [[f32; PANEL]],
 }
 
-impl WithForm<()> for Run<'_> {
+impl WithForm<()> for Panel<'_> {
     fn call<F: Form>(self, quants: &Of<F>) {
-        run(self.w, quants, self.x, self.out);
-    }
-}
-
-fn run<F: Form>(w: &Panels, quants: &Of<F>, x: &[f32], out: &mut [f32]) {
-    thread_local! {
-        static ROUNDED: Cell<Activations> = Cell::default();
-    }
-    let mut rounded = ROUNDED.take();
-    rounded.set(x, w.inputs(), (F::SHAPE.run, F::SHAPE.offset));
-    let groups = w.inputs() / GROUP;
-    each_panel(w, x.len() / w.inputs(), out, |panel, sums| {
+        let groups = quants.inputs() / GROUP;
         for first in (0..groups).step_by(STRETCH) {
             let end = groups.min(first + STRETCH);
-            let part = quants.part(panel, first..end);
-            let next = quants.part(panel, end..groups.min(end + STRETCH));
-            add(&part, end - first, (&rounded, first * GROUP), sums, next.bytes());
+            let part = quants.part(self.panel, first..end);
+            let next = quants.part(self.panel, end..groups.min(end + STRETCH));
+            add(&part, end - first, (self.x, first * GROUP), self.sums, next.bytes());
         }
-    });
-    ROUNDED.set(rounded);
+    }
 }
 
 /// Adds to `sums [rows, PANEL]` what the rows of x make, from an input on, with as many groups of a panel; meanwhile memory is
@@ -353,7 +341,7 @@ mod tests {
     use super::super::random::{values, weights};
     use half::f16;
 
-    use super::super::{Fused, Kind, Team, Weight, blocks, matmul};
+    use super::super::{Fused, Kind, Panels, Team, Weight, blocks, matmul};
     use super::*;
 
     fn quantised() -> impl Strategy<Value = Kind> {

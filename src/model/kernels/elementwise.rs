@@ -23,14 +23,20 @@ pub fn activate(kind: Activation, x: &mut [f32]) {
     parallel(len.div_ceil(BLOCK), len * 8, |block| {
         let at = block * BLOCK;
         // SAFETY: one task a block.
-        let x = unsafe { shared.part(at, BLOCK.min(len - at)) };
-        match kind {
+        kind.apply(unsafe { shared.part(at, BLOCK.min(len - at)) });
+    });
+}
+
+impl Activation {
+    /// The same on one thread.
+    pub(super) fn apply(self, x: &mut [f32]) {
+        match self {
             Activation::Tanh => x.iter_mut().for_each(|x| *x = x.tanh()),
             Activation::Sigmoid => sigmoid_all(x),
             Activation::ReluSquared => relu_squared(x),
             Activation::Mish => mish(x),
         }
-    });
+    }
 }
 
 kernel! {
@@ -64,9 +70,13 @@ kernel! {
 /// `x += y`.
 pub fn add(x: &mut [f32], y: &[f32]) {
     assert_eq!(x.len(), y.len());
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
-    }
+    let (len, shared) = (x.len(), Shared::new(x));
+    parallel(len.div_ceil(BLOCK), len, |block| {
+        let at = block * BLOCK;
+        // SAFETY: one task a block.
+        let x = unsafe { shared.part(at, BLOCK.min(len - at)) };
+        x.iter_mut().zip(&y[at..]).for_each(|(x, y)| *x += y);
+    });
 }
 
 /// `x *= y`.

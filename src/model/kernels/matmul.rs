@@ -6,10 +6,13 @@
 //! all of them. Both add the same products in the same order. Quantised weights have kernels of their own, see [`super::dots`].
 
 use std::cell::{Cell, RefCell};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use half::{bf16, f16};
 
+use super::activations::Activations;
+use super::elementwise::Activation;
 use super::kind::Kind;
 use super::quants::Quants;
 use super::weight::Stored;
@@ -70,6 +73,10 @@ impl Panels {
         self.inputs
     }
 
+    fn panels(&self) -> usize {
+        self.outputs.div_ceil(PANEL)
+    }
+
     #[cfg(test)]
     pub fn quants(&self) -> Option<&Quants> {
         if let Data::Quants(quants) = &self.data { Some(quants) } else { None }
@@ -95,43 +102,134 @@ fn pack<T: Stored>(
     data
 }
 
-/// `out [rows, outputs] = x [rows, inputs] · wᵀ`.
-pub fn matmul(w: &Panels, x: &[f32], out: &mut [f32]) {
-    let rows = x.len() / w.inputs;
-    assert_eq!(x.len(), rows * w.inputs, "x holds whole rows");
-    assert_eq!(out.len(), rows * w.outputs, "one output row for each row of x");
-    match &w.data {
-        Data::F32(data) => run(w, data, x, out),
-        Data::F16(data) => run(w, data, x, out),
-        Data::BF16(data) => run(w, data, x, out),
-        Data::Quants(quants) => quants.with_form(dots::Run { w, x, out }),
+/// A product to be computed: `out [rows, outputs] = f(x [rows, inputs] · wᵀ)`.
+pub struct Product<'a> {
+    w: &'a Panels,
+    x: &'a [f32],
+    out: Shared,
+    then: Option<Activation>,
+    life: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> Product<'a> {
+    /// # Panics
+    /// If x does not hold whole rows, or `out` not one for each.
+    pub fn new(w: &'a Panels, x: &'a [f32], out: &'a mut [f32], then: Option<Activation>) -> Self {
+        let rows = x.len() / w.inputs;
+        assert_eq!(x.len(), rows * w.inputs, "x holds whole rows");
+        assert_eq!(out.len(), rows * w.outputs, "one output row for each row of x");
+        Self { w, x, out: Shared::new(out), then, life: PhantomData }
+    }
+
+    fn rows(&self) -> usize {
+        self.x.len() / self.w.inputs
+    }
+
+    fn work(&self) -> usize {
+        self.x.len() * self.w.outputs
+    }
+
+    /// Panels that can be computed each by itself, in one pass with those of other products. Many rows of single values need passes of
+    /// their own.
+    fn panels(&self) -> usize {
+        let single = self.rows() <= tile::few() || matches!(self.w.data, Data::Quants(_));
+        if single { self.w.panels() } else { 0 }
+    }
+
+    /// Computes one of those; where weights are quantised, from `rounded`.
+    fn panel(&self, panel: usize, rounded: &Activations) {
+        let inputs = self.w.inputs;
+        let of = panel * inputs * PANEL..(panel + 1) * inputs * PANEL;
+        self.put(panel, |sums| match &self.w.data {
+            Data::F32(data) => tile::few_rows(&data[of], (self.x, inputs), sums),
+            Data::F16(data) => tile::few_rows(&data[of], (self.x, inputs), sums),
+            Data::BF16(data) => tile::few_rows(&data[of], (self.x, inputs), sums),
+            Data::Quants(quants) => quants.with_form(dots::Panel { panel, x: rounded, sums }),
+        });
+    }
+
+    /// Writes what `compute` makes of the sums of a panel, `[rows, PANEL]`, which are 0 at first.
+    fn put(&self, panel: usize, compute: impl FnOnce(&mut [[f32; PANEL]])) {
+        thread_local! {
+            static SUMS: RefCell<Vec<[f32; PANEL]>> = const { RefCell::new(Vec::new()) };
+        }
+        let (first, outputs) = (panel * PANEL, self.w.outputs);
+        let width = PANEL.min(outputs - first);
+        SUMS.with_borrow_mut(|sums| {
+            sums.clear();
+            sums.resize(self.rows(), [0.0; PANEL]);
+            compute(sums);
+            for (row, sums) in sums.iter().enumerate() {
+                // SAFETY: each (row, panel) pair is written by one task only.
+                let out = unsafe { self.out.part(row * outputs + first, width) };
+                out.copy_from_slice(&sums[..width]);
+                if let Some(f) = self.then {
+                    f.apply(out);
+                }
+            }
+        });
+    }
+
+    /// Computes the whole from many rows of single values.
+    fn many<T: Stored>(&self, data: &[T]) {
+        let (inputs, rows) = (self.w.inputs, self.rows());
+        let part = |panel: usize, of: Range<usize>| {
+            &data[(panel * inputs + of.start) * PANEL..(panel * inputs + of.end) * PANEL]
+        };
+        let many = |x: &[f32], apart: bool| {
+            parallel(self.w.panels(), self.work(), |panel| {
+                self.put(panel, |sums| {
+                    let mut unpacked = [0f32; STRETCH * PANEL];
+                    for first in (0..inputs).step_by(STRETCH) {
+                        let of = first..inputs.min(first + STRETCH);
+                        let unpacked = &mut unpacked[..of.len() * PANEL];
+                        tile::unpack(part(panel, of.clone()), unpacked);
+                        // While these are at work, memory gives the next ones.
+                        let next = bytes(part(panel, of.end..inputs.min(of.end + STRETCH)));
+                        let x = if apart { (&x[first * rows..], of.len()) } else { (&x[first..], inputs) };
+                        tile::many_rows(unpacked, x, sums, next);
+                    }
+                });
+            });
+        };
+        // Rows whose distance is a multiple of half a page would share few places of the cache.
+        if inputs.is_multiple_of(512) { stretched(inputs, self.x, |x| many(x, true)) } else { many(self.x, false) }
     }
 }
 
-/// The same for weights that are single values.
-fn run<T: Stored>(w: &Panels, data: &[T], x: &[f32], out: &mut [f32]) {
-    let (inputs, rows) = (w.inputs, x.len() / w.inputs);
-    let part =
-        |panel: usize, of: Range<usize>| &data[(panel * inputs + of.start) * PANEL..(panel * inputs + of.end) * PANEL];
-    if rows <= tile::few() {
-        return each_panel(w, rows, out, |panel, sums| tile::few_rows(part(panel, 0..inputs), (x, inputs), sums));
+/// Computes products that do not depend on each other, of few rows in a single pass.
+pub fn multiply_all<'a>(products: impl Iterator<Item = &'a Product<'a>> + Clone + Sync) {
+    thread_local! {
+        static ROUNDED: Cell<Vec<Activations>> = const { Cell::new(Vec::new()) };
     }
-    let mut many = |x: &[f32], apart: bool| {
-        each_panel(w, rows, out, |panel, sums| {
-            let mut unpacked = [0f32; STRETCH * PANEL];
-            for first in (0..inputs).step_by(STRETCH) {
-                let of = first..inputs.min(first + STRETCH);
-                let unpacked = &mut unpacked[..of.len() * PANEL];
-                tile::unpack(part(panel, of.clone()), unpacked);
-                // While these are at work, memory gives the next ones.
-                let next = bytes(part(panel, of.end..inputs.min(of.end + STRETCH)));
-                let x = if apart { (&x[first * rows..], of.len()) } else { (&x[first..], inputs) };
-                tile::many_rows(unpacked, x, sums, next);
+    let mut rounded = ROUNDED.take();
+    rounded.resize_with(rounded.len().max(products.clone().count()), Activations::default);
+    let (mut panels, mut work) = (0, 0);
+    for (product, rounded) in products.clone().zip(&mut rounded) {
+        match &product.w.data {
+            Data::Quants(quants) => rounded.set(product.x, product.w.inputs, quants.rounding()),
+            _ if product.panels() > 0 => {}
+            Data::F32(data) => product.many(data),
+            Data::F16(data) => product.many(data),
+            Data::BF16(data) => product.many(data),
+        }
+        panels += product.panels();
+        work += product.work();
+    }
+    parallel(panels, work, |mut n| {
+        for (product, rounded) in products.clone().zip(&rounded) {
+            if n < product.panels() {
+                return product.panel(n, rounded);
             }
-        });
-    };
-    // Rows whose distance is a multiple of half a page would share few places of the cache.
-    if inputs.is_multiple_of(512) { stretched(inputs, x, |x| many(x, true)) } else { many(x, false) }
+            n -= product.panels();
+        }
+    });
+    ROUNDED.set(rounded);
+}
+
+/// `out [rows, outputs] = x [rows, inputs] · wᵀ`.
+pub fn matmul(w: &Panels, x: &[f32], out: &mut [f32]) {
+    multiply_all([Product::new(w, x, out, None)].iter());
 }
 
 /// Values as they are stored.
@@ -159,28 +257,6 @@ fn stretched(inputs: usize, x: &[f32], then: impl FnOnce(&[f32])) {
     });
     then(&buffer);
     STRETCHED.set(buffer);
-}
-
-/// Computes the sums of every panel and writes them to `out`.
-pub(super) fn each_panel(w: &Panels, rows: usize, out: &mut [f32], panel: impl Fn(usize, &mut [[f32; PANEL]]) + Sync) {
-    thread_local! {
-        /// `[rows, PANEL]`.
-        static SUMS: RefCell<Vec<[f32; PANEL]>> = const { RefCell::new(Vec::new()) };
-    }
-    let shared = Shared::new(out);
-    parallel(w.outputs.div_ceil(PANEL), rows * w.inputs * w.outputs, |n| {
-        SUMS.with_borrow_mut(|sums| {
-            sums.clear();
-            sums.resize(rows, [0.0; PANEL]);
-            panel(n, sums);
-            let first = n * PANEL;
-            let width = PANEL.min(w.outputs - first);
-            for (row, sums) in sums.iter().enumerate() {
-                // SAFETY: each (row, panel) pair is written by one task only.
-                unsafe { shared.part(row * w.outputs + first, width) }.copy_from_slice(&sums[..width]);
-            }
-        });
-    });
 }
 
 #[cfg(test)]

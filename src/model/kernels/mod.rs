@@ -38,7 +38,7 @@ pub use deep_embed::{multiply_by_matrices, multiply_by_rows};
 pub use elementwise::{Activation, activate, add, multiply, token_shift, token_shift_added};
 pub use embed_attention::{Queries, Stretch, attend, mean_of, tanh_all};
 pub use kind::Kind;
-pub use matmul::{Panels, matmul};
+pub use matmul::{Panels, Product, matmul, multiply_all};
 pub use norm::layer_norm;
 pub use team::Team;
 pub use tiny_attention::tiny_attend;

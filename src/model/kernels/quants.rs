@@ -204,6 +204,12 @@ impl Quants {
         }
     }
 
+    /// Inputs of a run and the offset of integers, for rounding activations.
+    pub fn rounding(&self) -> (usize, i32) {
+        let shape = shape(self.kind);
+        (shape.run, shape.offset)
+    }
+
     /// Runs `with` on this as quants of a kind that the compiler knows.
     pub fn with_form<R>(&self, with: impl WithForm<R>) -> R {
         match self.kind {
@@ -255,6 +261,10 @@ impl<'a, F: Form> Of<'a, F> {
 
     fn new(quants: &'a Quants) -> Self {
         Self(quants, PhantomData)
+    }
+
+    pub fn inputs(&self) -> usize {
+        self.0.inputs
     }
 
     /// Some blocks of a panel: those of some groups, from one on that begins a block.

@@ -3,6 +3,8 @@
 //! A step is a few hundred short parallel passes, so the others look out for the next pass a little while before they
 //! sleep: some microseconds, never longer. Tasks are many more than threads and taken one by one, and a pass ends when
 //! its tasks are done, whoever did them: a thread whose processor is taken away holds up the one task it has, not the pass.
+//! Each thread has a range of its own, so that it walks through memory in order and what is fetched ahead is its own; whoever
+//! is done with that goes on with the others'.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -24,11 +26,16 @@ thread_local! {
 /// A pass: a function of the number of a task.
 type Task<'a> = &'a (dyn Fn(usize) + Sync);
 
+/// How many tasks of a range are left, on a cache line of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Left(AtomicUsize);
+
 /// What all threads of a team see.
 #[derive(Default)]
 struct Board {
-    /// Tasks of the pass that nobody has taken yet.
-    left: AtomicUsize,
+    /// Tasks of the pass that nobody has taken yet: a range for each thread, taken from its front.
+    left: Vec<Left>,
     /// The pass's [`Task`] and how many of it there are. Whoever has taken a task may use them until that task is done.
     task: AtomicPtr<Task<'static>>,
     tasks: AtomicUsize,
@@ -57,10 +64,12 @@ impl Team {
     /// When the operating system gives no threads.
     pub fn new(threads: usize) -> io::Result<Self> {
         let threads = if threads == 0 { thread::available_parallelism().map_or(1, usize::from) } else { threads };
-        let mut team = Self { board: Arc::default(), workers: Vec::new(), turn: Mutex::new(()) };
+        let left = (0..threads).map(|_| Left::default()).collect();
+        let board = Arc::new(Board { left, ..Board::default() });
+        let mut team = Self { board, workers: Vec::new(), turn: Mutex::new(()) };
         for n in 1..threads {
             let board = team.board.clone();
-            let worker = thread::Builder::new().name(format!("compute {n}")).spawn(move || board.work())?;
+            let worker = thread::Builder::new().name(format!("compute {n}")).spawn(move || board.work(n))?;
             lock(&team.board.workers).push(worker.thread().clone());
             team.workers.push(worker);
         }
@@ -132,13 +141,15 @@ impl Board {
         self.tasks.store(tasks, Ordering::Relaxed);
         self.task.store((&raw mut task).cast(), Ordering::Relaxed);
         // Whoever takes a task sees what was stored before; whoever counts itself as sleeping later sees that some are left.
-        self.left.store(tasks, Ordering::SeqCst);
+        for (n, left) in self.left.iter().enumerate() {
+            left.0.store(self.end(n, tasks) - self.end(n.wrapping_sub(1), tasks), Ordering::SeqCst);
+        }
         if self.sleeping.load(Ordering::SeqCst) > 0 {
             lock(&self.workers).iter().for_each(Thread::unpark);
         }
         {
             let _alone = Current::enter(ptr::null());
-            while self.perform() {}
+            while self.perform(0) {}
             let mut looks = 0;
             while self.done.load(Ordering::Acquire) < tasks {
                 looks += 1;
@@ -150,15 +161,27 @@ impl Board {
         }
     }
 
-    /// Does one task of the pass under way, if there is one left.
-    fn perform(&self) -> bool {
+    /// Where a thread's range of so many tasks ends; that of the thread before the first at 0.
+    fn end(&self, thread: usize, tasks: usize) -> usize {
+        let (threads, past) = (self.left.len(), thread.wrapping_add(1));
+        tasks / threads * past + (tasks % threads).min(past)
+    }
+
+    /// Does one task of the pass under way, if there is one left: of the thread's own range or, after that, of others'.
+    fn perform(&self, thread: usize) -> bool {
         let take = |left: usize| left.checked_sub(1);
-        let Ok(left) = self.left.fetch_update(Ordering::Acquire, Ordering::Acquire, take) else { return false };
+        let threads = self.left.len();
+        let of = |at: usize| (thread + at) % threads;
+        let taken = (0..threads).map(of).find_map(|n| {
+            let left = self.left[n].0.fetch_update(Ordering::Acquire, Ordering::Acquire, take).ok()?;
+            Some((n, left))
+        });
+        let Some((range, left)) = taken else { return false };
         let tasks = self.tasks.load(Ordering::Relaxed);
         // SAFETY: this thread has taken a task of the pass that the pointer was stored for; the pass does not return, and
         // so the task stays borrowed and no other pass begins, before that task is counted as done.
         let task = unsafe { *self.task.load(Ordering::Relaxed) };
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(tasks - left))) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(self.end(range, tasks) - left))) {
             lock(&self.panic).get_or_insert(panic);
         }
         if self.done.fetch_add(1, Ordering::Release) + 1 == tasks
@@ -170,10 +193,10 @@ impl Board {
     }
 
     /// The life of a worker.
-    fn work(&self) {
+    fn work(&self, thread: usize) {
         let mut looks = 0;
         while !self.stop.load(Ordering::SeqCst) {
-            if self.perform() {
+            if self.perform(thread) {
                 looks = 0;
             } else if looks < LOOKS {
                 looks += 1;
@@ -181,7 +204,8 @@ impl Board {
             } else {
                 self.sleeping.fetch_add(1, Ordering::SeqCst);
                 // A pass that began before this thread was counted does not wake it.
-                if self.left.load(Ordering::SeqCst) == 0 && !self.stop.load(Ordering::SeqCst) {
+                if self.left.iter().all(|left| left.0.load(Ordering::SeqCst) == 0) && !self.stop.load(Ordering::SeqCst)
+                {
                     thread::park();
                 }
                 self.sleeping.fetch_sub(1, Ordering::SeqCst);

@@ -8,7 +8,7 @@ use super::{Arith, Plain};
 
 /// Bytes that are fetched from memory ahead of those that are used: processors look ahead no further than a page.
 #[cfg(target_arch = "x86_64")]
-pub const AHEAD: usize = 2048;
+pub const AHEAD: usize = 4096;
 /// Bytes that memory gives at once.
 #[cfg(target_arch = "x86_64")]
 const LINE: usize = 64;
