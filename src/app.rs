@@ -2,13 +2,15 @@
 
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use tokio::net::TcpListener;
+use axum::serve::{Listener, ListenerExt};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::api;
 use crate::config::{self, Config, ProfileChoice};
@@ -87,7 +89,7 @@ impl App {
             sweeping.ready().await;
             sweeping.sweep_always(SweepPace::default()).await;
         });
-        let serve = axum::serve(listener, router).with_graceful_shutdown(async move {
+        let serve = axum::serve(undelayed(listener), router).with_graceful_shutdown(async move {
             shutdown.await;
             sessions.drain();
             // Still accepting, so that `/ready` can tell a load balancer.
@@ -107,6 +109,16 @@ impl App {
         sweep.abort();
         served
     }
+}
+
+/// Every event of a stream leaves at once. A kernel would hold back the second small write of a reply until the client
+/// acknowledges the first, which clients put off too: some 40 ms before the first text.
+fn undelayed(listener: TcpListener) -> impl Listener<Io = TcpStream, Addr = SocketAddr> {
+    listener.tap_io(|tcp| {
+        if let Err(why) = tcp.set_nodelay(true) {
+            tracing::debug!(%why, "a connection sends its events late");
+        }
+    })
 }
 
 async fn store(states: &config::States) -> anyhow::Result<Arc<dyn Store>> {
@@ -397,4 +409,18 @@ fn builtin_profile(name: &str) -> anyhow::Result<Profile> {
         let known: Vec<_> = text::builtin_names().collect();
         format!("there is no profile `{name}`; there are {}", known.join(", "))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn no_small_write_waits_for_an_acknowledgement() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let _client = TcpStream::connect(address).await.unwrap();
+        let (accepted, _) = undelayed(listener).accept().await;
+        assert!(accepted.nodelay().unwrap());
+    }
 }
