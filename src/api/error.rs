@@ -166,6 +166,10 @@ impl Error {
                 S::SessionConflict { .. } => Wire::new(412, "session_conflict").param(Some("session_id")),
                 S::StateDamaged(..) => Wire::new(500, "state_damaged").param(Some("state_id")).shown().last(),
                 S::SessionDamaged(_) => Wire::new(500, "session_damaged").param(Some("session_id")).shown().last(),
+                S::ResponseDamaged(..) => Wire::new(500, "response_damaged").param(Some("response_id")).shown().last(),
+                S::ConversationDamaged(..) => {
+                    Wire::new(500, "conversation_damaged").param(Some("conversation")).shown().last()
+                }
                 S::Invalid { param, code, .. } => Wire::new(400, code.unwrap_or("invalid_value")).param(Some(param)),
                 S::Full { retry_after } => Wire::new(429, "rate_limit_exceeded").after(*retry_after),
                 S::Loading => Wire::new(503, "loading").after(RESTART),
@@ -287,7 +291,7 @@ mod tests {
         let conflict = S::SessionConflict { session: session.clone(), head: state.to_string() };
         let beginning = S::InitialStateMismatch { session: session.clone(), began_from: "elsewhere".into() };
         let lost = S::TurnConflict { session: session.clone(), state: Some(state.clone()) };
-        let cases: [(Error, u16, &str, Option<&str>); 22] = [
+        let cases: [(Error, u16, &str, Option<&str>); 24] = [
             (lost.into(), 409, "session_conflict", Some("session_id")),
             (S::TurnRunning(session.clone()).into(), 409, "session_busy", Some("session_id")),
             (S::SessionExists(session.clone()).into(), 409, "session_exists", Some("to")),
@@ -301,6 +305,8 @@ mod tests {
             (conflict.into(), 412, "session_conflict", Some("session_id")),
             (S::StateDamaged(state, "checksum".into()).into(), 500, "state_damaged", Some("state_id")),
             (S::SessionDamaged("checksum".into()).into(), 500, "session_damaged", Some("session_id")),
+            (S::ResponseDamaged("r".into(), "x".into()).into(), 500, "response_damaged", Some("response_id")),
+            (S::ConversationDamaged("c".into(), "x".into()).into(), 500, "conversation_damaged", Some("conversation")),
             (S::Loading.into(), 503, "loading", None),
             (S::Draining.into(), 503, "shutting_down", None),
             (S::Store("/secret/path".into()).into(), 500, "store_failed", None),

@@ -28,6 +28,7 @@ impl FromRequest<Arc<App>> for JsonBody {
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Error> {
         check_content_type(request.headers())?;
+        check_length(request.headers(), app.limits.body_bytes)?;
         let bytes = Bytes::from_request(request, app).await.map_err(|rejection| match rejection.status() {
             StatusCode::PAYLOAD_TOO_LARGE => Error::TooLarge { limit: app.limits.body_bytes },
             _ => malformed(format!("the body could not be read: {}", rejection.body_text())),
@@ -106,6 +107,12 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Error> {
     let essence = text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     let json = essence == "application/json" || essence.starts_with("application/") && essence.ends_with("+json");
     if json { Ok(()) } else { Err(Error::ContentType(format!("`{essence}`"))) }
+}
+
+/// Refuses a body that is announced as too large before any of it is sent.
+pub(super) fn check_length(headers: &HeaderMap, limit: usize) -> Result<(), Error> {
+    let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|length| length > limit as u64) { Err(Error::TooLarge { limit }) } else { Ok(()) }
 }
 
 struct Others<'a> {

@@ -11,7 +11,7 @@ use futures::StreamExt;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::extract::{Name, Query};
+use super::extract::{Name, Query, check_length};
 use super::openai::ttl;
 use super::refusals::{Refusals, Unavailable};
 use super::states::{StateObject, state_id};
@@ -97,10 +97,7 @@ impl FromRequest<Arc<App>> for BinaryBody {
             return Err(Error::BinaryType(sent));
         }
         let limit = app.limits.state_bytes;
-        let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok());
-        if announced.and_then(|length| length.parse::<u64>().ok()).is_some_and(|length| length > limit as u64) {
-            return Err(Error::TooLarge { limit });
-        }
+        check_length(request.headers(), limit)?;
         let mut chunks = request.into_body().into_data_stream();
         let mut file = BytesMut::new();
         while let Some(chunk) = chunks.next().await {

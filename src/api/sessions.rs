@@ -249,7 +249,7 @@ pub struct RewindRequest {
 
 /// A turn: its number, or the id of the state after it.
 #[derive(Debug, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected the number of a turn or the id of a state")]
 pub enum Point {
     Turn(u64),
     State(String),

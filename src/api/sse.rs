@@ -88,6 +88,9 @@ struct Feed<S, E> {
     ready: VecDeque<Said>,
     /// Number of the next frame.
     sequence: u64,
+    /// What is told is a failure. It has no id: the response may go on, in another process, and then its number is another
+    /// event's, which a client that asks for what follows this one would miss.
+    failed: bool,
     /// The client has the frames up to this one.
     after: Option<u64>,
     _open: StreamOpen,
@@ -96,7 +99,7 @@ struct Feed<S, E> {
 impl<S: Script, E: Stream<Item = Event> + Unpin> Feed<S, E> {
     fn new(mut script: S, events: E, record: Record) -> Self {
         let ready = script.opening().into();
-        Self { script, events, record, ready, sequence: 0, after: None, _open: StreamOpen::new() }
+        Self { script, events, record, ready, sequence: 0, failed: false, after: None, _open: StreamOpen::new() }
     }
 
     async fn next(&mut self) -> Option<Frame> {
@@ -104,6 +107,7 @@ impl<S: Script, E: Stream<Item = Event> + Unpin> Feed<S, E> {
             while self.ready.is_empty() && !self.script.ended() {
                 let event = self.events.next().await.unwrap_or_else(|| Event::Failed(broken_off()));
                 self.record.heard(&event);
+                self.failed = matches!(event, Event::Failed(_));
                 self.ready.extend(self.script.tell(event));
             }
             let Said { name, data } = self.ready.pop_front()?;
@@ -114,8 +118,11 @@ impl<S: Script, E: Stream<Item = Event> + Unpin> Feed<S, E> {
             let number = self.sequence;
             self.sequence += 1;
             if self.after.is_none_or(|after| number > after) {
-                let frame = name.map_or_else(Frame::default, |name| Frame::default().event(name));
-                return Some(frame.id(format!("{}:{number}", self.script.response_id())).data(data));
+                let mut frame = name.map_or_else(Frame::default, |name| Frame::default().event(name));
+                if !self.failed {
+                    frame = frame.id(format!("{}:{number}", self.script.response_id()));
+                }
+                return Some(frame.data(data));
             }
         }
     }

@@ -34,7 +34,7 @@ pub struct StreamQuery {
 
 /// Go on reading a stream.
 ///
-/// Every event of every stream has the id `{response id}:{number}`. After the connection was lost, this sends what comes
+/// Every event of every stream, but a failure, has the id `{response id}:{number}`. After the connection was lost, this sends what comes
 /// after the event that `Last-Event-ID` names, or everything, and then what is still generated: nothing twice, nothing
 /// left out. A stream waits for its reader as long as the server's `streams.resume_window_s` says, and as long after its
 /// end; with `detach` or `background` it goes on meanwhile, and after a restart of the server.

@@ -89,19 +89,24 @@ impl Sessions {
         if !is_conversation(id) {
             return Err(unknown());
         }
-        let changes: Vec<Change> = self.archive.entries(&Journal::conversation(tenant, id)).await?;
-        let mut conversation = fold(id, changes).ok_or_else(unknown)?;
-        let turns = self.archive.turns(tenant, &conversation.session, 0, usize::MAX).await?;
+        let mut conversation = fold(id, self.changes(tenant, id).await?).ok_or_else(unknown)?;
+        let turns = self.archive.turns(tenant, &conversation.session, 0, usize::MAX).await;
+        let turns = turns.map_err(|error| Error::from(error).of_conversation(id))?;
         apply(&mut conversation, turns.map(|turns| turns.data).unwrap_or_default());
         Ok(conversation)
+    }
+
+    /// The journal of a conversation.
+    async fn changes(&self, tenant: &Tenant, id: &str) -> Result<Vec<Change>, Error> {
+        let changes = self.archive.entries(&Journal::conversation(tenant, id)).await;
+        changes.map_err(|error| Error::from(error).of_conversation(id))
     }
 
     /// Refuses a turn of a session that another one has taken the place of, as when an item was deleted a moment ago: the
     /// conversation would never show it.
     pub(super) async fn check_current(&self, tenant: &Tenant, session: &SessionId) -> Result<(), Error> {
         let Some(id) = conversation_of(session) else { return Ok(()) };
-        let changes: Vec<Change> = self.archive.entries(&Journal::conversation(tenant, id)).await?;
-        match fold(id, changes) {
+        match fold(id, self.changes(tenant, id).await?) {
             Some(now) if now.session != *session => Err(Error::TurnConflict { session: session.clone(), state: None }),
             _ => Ok(()),
         }
@@ -150,12 +155,21 @@ impl Sessions {
 
     /// Ends a conversation and removes its sessions.
     pub async fn delete_conversation(&self, tenant: &Tenant, id: &str) -> Result<(), Error> {
-        let conversation = self.conversation(tenant, id).await?;
-        for number in 0..=conversation.number {
+        let known = match self.conversation(tenant, id).await {
+            Ok(conversation) => conversation.number,
+            Err(Error::ConversationDamaged(..)) => 0,
+            Err(error) => return Err(error),
+        };
+        // A damaged journal does not tell how many there were: it is as many as follow one another.
+        let mut number = 0;
+        loop {
             match self.delete_session(tenant, &session(id, number)).await {
-                Ok(()) | Err(Error::SessionNotFound(_)) => {}
+                Ok(()) => {}
+                Err(Error::SessionNotFound(_)) if number < known => {}
+                Err(Error::SessionNotFound(_)) => break,
                 Err(error) => return Err(error),
             }
+            number += 1;
         }
         self.archive.erase(&Journal::conversation(tenant, id)).await?;
         Ok(())

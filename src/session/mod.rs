@@ -203,6 +203,7 @@ pub struct Sessions {
     /// Ends them when their time is up.
     stop: CancellationToken,
     busy: Busy,
+    long_texts: plan::LongTexts,
     hub: Arc<Hub>,
     /// What was read before; `None` = nothing is kept.
     prefix: Option<Arc<PrefixCache>>,
@@ -222,6 +223,7 @@ impl Sessions {
             turns: TaskTracker::new(),
             stop: CancellationToken::new(),
             busy: Busy::default(),
+            long_texts: plan::LongTexts::default(),
             hub: Arc::new(Hub::new(StreamLimits::default(), false)),
             prefix: None,
         }
@@ -366,5 +368,17 @@ impl From<state::Error> for Error {
             }
             other => Error::Store(other.to_string()),
         }
+    }
+}
+
+impl Error {
+    /// Damage of a response's records, not of a session's.
+    fn of_response(self, id: &str) -> Self {
+        if let Self::SessionDamaged(why) = self { Self::ResponseDamaged(id.into(), why) } else { self }
+    }
+
+    /// Damage of a conversation's journal or of its turns.
+    fn of_conversation(self, id: &str) -> Self {
+        if let Self::SessionDamaged(why) = self { Self::ConversationDamaged(id.into(), why) } else { self }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
 use super::initial::Fresh;
 use super::origin::{Origin, Parent};
 use super::prefix::{PrefixCache, Reader};
@@ -12,6 +14,28 @@ use crate::engine::{self, Job};
 use crate::telemetry::clock;
 use crate::text::Trim;
 use crate::types::Memory;
+
+/// Bytes from which on a text is long.
+const LONG_TEXT: usize = 256 << 10;
+
+/// Lets long texts be tokenised one after another: while it is at it, a tokenizer may take a hundred times a text's bytes.
+pub(super) struct LongTexts(Arc<Semaphore>);
+
+impl Default for LongTexts {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(1)))
+    }
+}
+
+impl LongTexts {
+    /// Waits for the turn of a text, if it is long; what this gives is to be kept until it is read.
+    async fn enter(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        if bytes < LONG_TEXT {
+            return None;
+        }
+        Some(self.0.clone().acquire_owned().await.expect("it is never closed"))
+    }
+}
 
 /// A turn that can be run.
 pub(super) struct Plan {
@@ -33,8 +57,10 @@ impl Sessions {
     pub(super) async fn plan(&self, turn: Turn, model: Arc<Model>, origin: Origin) -> Result<Plan, Error> {
         let fresh = fresh(&turn, &model, &origin)?;
         let (reader, memory) = (model.clone(), origin.parent.as_ref().map(|parent| parent.memory.clone()));
+        let alone = self.long_texts.enter(turn.input.text_bytes()).await;
         // A long text takes a while: not on a thread that serves other requests.
         let reading = tokio::task::spawn_blocking(move || {
+            let _alone = alone;
             let readings = prompt::read(&reader, &turn, memory.as_deref());
             (turn, readings)
         });
@@ -196,4 +222,22 @@ fn only_read(mut job: Job, model: &Model) -> Job {
 
 pub(super) fn invalid<T>(param: &'static str, message: &str) -> Result<T, Error> {
     Err(Error::Invalid { param, code: None, message: message.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::poll;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn long_texts_wait_for_each_other_and_short_ones_for_none() {
+        let texts = LongTexts::default();
+        let first = texts.enter(LONG_TEXT).await;
+        let mut second = std::pin::pin!(texts.enter(usize::MAX));
+        assert!(poll!(&mut second).is_pending());
+        assert!(texts.enter(LONG_TEXT - 1).await.is_none());
+        drop(first);
+        assert!(poll!(&mut second).is_ready());
+    }
 }

@@ -67,11 +67,27 @@ pub enum Input {
     Chat(Vec<Message>),
 }
 
+impl Input {
+    /// Bytes of all that is to be tokenised.
+    pub(super) fn text_bytes(&self) -> usize {
+        match self {
+            Self::Prompts(prompts) => prompts.iter().map(Prompt::text_bytes).sum(),
+            Self::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
+        }
+    }
+}
+
 /// One prompt of a completion.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Prompt {
     Text(String),
     Ids(Vec<u32>),
+}
+
+impl Prompt {
+    fn text_bytes(&self) -> usize {
+        if let Self::Text(text) = self { text.len() } else { 0 }
+    }
 }
 
 /// Somebody who listens to a turn. What dropping it means, the turn's [`Delivery`] says.
@@ -222,6 +238,12 @@ pub enum Error {
         "what is stored of this session is damaged ({0}); its states still work by their ids, and it can be deleted"
     )]
     SessionDamaged(String),
+    /// What is stored of a response, or of its stream, is damaged.
+    #[error("what is stored of response `{0}` is damaged ({1}); it can be deleted")]
+    ResponseDamaged(String, String),
+    /// A conversation's journal or its turns are damaged.
+    #[error("what is stored of conversation `{0}` is damaged ({1}); it can be deleted")]
+    ConversationDamaged(String, String),
     /// A request that passed the wire's validation but does not fit this model or these limits.
     #[error("{message}")]
     Invalid { param: &'static str, code: Option<&'static str>, message: String },

@@ -160,6 +160,8 @@ async fn what_cannot_be_forked_is_refused() {
         assert_eq!((refused.status, refused.code().as_str()), (status, code), "{body}: {}", refused.text);
         assert_eq!(refused.error()["param"].as_str(), param, "{body}");
     }
+    let odd = fork(&client, "s", json!({"to": "x", "at": true})).await;
+    assert_eq!(odd.error()["message"], "`at`: expected the number of a turn or the id of a state");
     assert_eq!(fork(&client, "nobody", json!({"to": "x"})).await.code(), "session_not_found");
     assert_eq!(rewind(&client, "nobody", json!(1)).await.code(), "session_not_found");
     assert_eq!(rewind(&client, "s", Value::Null).await.error()["param"], "at");

@@ -476,3 +476,47 @@ async fn a_damaged_record_is_told_and_its_states_still_work() {
     assert_eq!(client.delete("/v1/sessions/torn").await.status, 200);
     assert_eq!(client.get("/v1/sessions/torn").await.code(), "session_not_found");
 }
+
+#[tokio::test]
+async fn a_damaged_response_or_conversation_is_told_by_its_name_and_can_be_deleted() {
+    let (_server, client, folder) = on_disk().await;
+    let responses = "/v1/responses";
+    let [one, other] = ["A cat", "A dog"].map(|input| json!({"input": input, "max_output_tokens": 2}));
+    let (one, other) = (client.ok(responses, one).await, client.ok(responses, other).await);
+    let [one, other] = [one, other].map(|response| response.json()["id"].as_str().expect("an id").to_owned());
+    let file = |id: &str| folder.path().join("t/local/responses").join(id);
+    let good = std::fs::read(file(&one)).expect("a file");
+    let foreign = std::fs::read(file(&other)).expect("a file");
+    for damage in [&foreign[..], &good[..good.len() / 2]] {
+        std::fs::write(file(&one), damage).expect("the file");
+        let shown = client.get(&format!("{responses}/{one}")).await;
+        let went_on = client.post(responses, json!({"input": "x", "previous_response_id": one})).await;
+        for (reply, param) in [(shown, "response_id"), (went_on, "previous_response_id")] {
+            let error = &reply.json()["error"];
+            assert_eq!(
+                (reply.status, &error["code"], &error["param"]),
+                (500, &json!("response_damaged"), &json!(param))
+            );
+        }
+    }
+    assert_eq!(client.delete(&format!("{responses}/{one}")).await.status, 200);
+    assert_eq!(client.get(&format!("{responses}/{one}")).await.code(), "response_not_found");
+    assert_eq!(client.get(&format!("{responses}/{other}")).await.status, 200);
+
+    let begun = client.ok("/v1/conversations", json!({"items": [{"role": "user", "content": "A cat"}]})).await.json();
+    let path = format!("/v1/conversations/{}", begun["id"].as_str().expect("an id"));
+    client.ok(responses, json!({"conversation": begun["id"], "input": "x", "max_output_tokens": 2})).await;
+    std::fs::write(folder.path().join("t/local").join(&path[4..]).join("000000000000"), "{").expect("the file");
+    for reply in [
+        client.get(&path).await,
+        client.post(responses, json!({"conversation": begun["id"], "input": "x"})).await,
+        client.get(&format!("{path}/items")).await,
+    ] {
+        let error = &reply.json()["error"];
+        assert_eq!((&error["code"], &error["param"]), (&json!("conversation_damaged"), &json!("conversation")));
+    }
+    assert_eq!(client.delete(&path).await.status, 200);
+    assert_eq!(client.get(&path).await.code(), "conversation_not_found");
+    let sessions = client.get("/v1/sessions").await;
+    assert_eq!(sessions.json()["data"], json!([]), "{}", sessions.text);
+}

@@ -496,3 +496,26 @@ async fn detached_streams_survive_kill_9() {
     }
     println!("{} streams, {cut} of them cut at their beginning", STREAMS * rounds);
 }
+
+#[tokio::test]
+async fn what_a_stopping_server_says_last_hides_nothing_of_what_follows() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = folder.path().join("rewake.toml");
+    std::fs::write(&config, "[server]\ndrain_s = 0\n").expect("a file");
+    let states = folder.path().join("states");
+    let server = Process::start(&states, &["--config", &config.to_string_lossy()]);
+    let body = json!({"prompt": "Once", "seed": 4, "max_tokens": 1500, "logit_bias": {"0": -100}, "detach": true});
+    let mut stream = server.client().stream(COMPLETIONS, body.clone()).await;
+    let mut all = vec![stream.next().await.expect("a chunk")];
+    server.terminate();
+    let last = rest(&mut stream, &mut all).await;
+    assert!(server.ended().await.success());
+    assert_eq!(last["error"]["code"], "shutting_down", "{last}");
+    all.pop();
+    let server = Process::start(&states, &[]);
+    let id = all[0]["id"].as_str().expect("an id").to_owned();
+    // As a browser's EventSource does: after the last event that had an id.
+    let mut again = server.client().resume(&id, stream.last_id.as_deref()).await.expect("it is there");
+    rest(&mut again, &mut all).await;
+    assert_eq!(said(&all, 0), server.client().ok(COMPLETIONS, body).await.answer());
+}

@@ -179,7 +179,11 @@ pub async fn delete_response(
     caller: Caller,
     Name(id): Name,
 ) -> Result<Json<Deleted>, Error> {
-    shown(&app, &caller.tenant, &id).await?;
+    match shown(&app, &caller.tenant, &id).await {
+        // What cannot be shown any more can still be deleted.
+        Ok(_) | Err(Error::Session(session::Error::ResponseDamaged(..))) => {}
+        Err(error) => return Err(error),
+    }
     app.sessions.delete_response(&caller.tenant, &id).await?;
     Ok(Json(Deleted { id, object: "response.deleted", deleted: true }))
 }

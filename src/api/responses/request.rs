@@ -167,7 +167,8 @@ fn changes_nothing(name: &str, value: &Value) -> Option<bool> {
         }
         "reasoning" => {
             empty
-                || none(&value["effort"], &["none"])
+                || value.is_object()
+                    && none(&value["effort"], &["none"])
                     && none(&value["summary"], &["auto"])
                     && none(&value["generate_summary"], &["auto"])
         }
@@ -275,6 +276,7 @@ mod tests {
             ("tool_choice", json!("required")),
             ("text", json!({"format": {"type": "json_schema"}})),
             ("reasoning", json!({"effort": "high"})),
+            ("reasoning", json!("high")),
             ("prompt", json!({"id": "p"})),
             ("top_logprobs", json!(2)),
             ("n", json!(2)),

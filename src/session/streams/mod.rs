@@ -25,6 +25,7 @@ pub(super) use stream::{Parts, Reader, Stream, Why};
 pub(super) use writer::Writer;
 
 use super::{Cached, Error, Event, Model, Running, Sessions, Start, Turn};
+use crate::state::Journal;
 use crate::types::{SessionId, Tenant};
 
 /// Bytes of finished streams that wait in memory for a reader who has missed the end.
@@ -71,6 +72,14 @@ pub struct Facts {
     pub choices: usize,
     /// What the wire needs to write the response again.
     pub form: String,
+}
+
+impl Facts {
+    /// Refuses what is stored of another response in the place of this one.
+    fn check(&self, id: &str) -> Result<(), Error> {
+        let misplaced = || Error::ResponseDamaged(id.into(), "another response is in its place".into());
+        (self.response_id == id).then_some(()).ok_or_else(misplaced)
+    }
 }
 
 /// A response as it is now.
@@ -285,8 +294,16 @@ impl Sessions {
 
     /// Deletes a response, after ending it, with the state that it was kept as, if no session has that.
     pub async fn delete_response(&self, tenant: &Tenant, id: &str) -> Result<(), Error> {
-        self.cancel(tenant, id).await?;
-        let SoFar { events, .. } = self.so_far(tenant, id).await?;
+        let events = match self.cancel(tenant, id).await {
+            Ok(()) => self.so_far(tenant, id).await?.events,
+            // Which state it left is not known any more.
+            Err(Error::ResponseDamaged(..)) => {
+                self.archive.erase(&Journal::stream(tenant, id)).await?;
+                self.archive.unmark_running(tenant, id).await?;
+                Vec::new()
+            }
+            Err(error) => return Err(error),
+        };
         for event in events {
             if let Event::Done { stored: Some(Ok(receipt)), .. } = event
                 && receipt.session_id.is_none()
@@ -313,11 +330,18 @@ impl Sessions {
         if let Some(stream) = self.hub.find(tenant, id) {
             return Ok(Found::Stream(stream));
         }
-        if let Some(answer) = self.archive.answer::<record::Answer>(tenant, id).await? {
+        if let Some(answer) = self.answer(tenant, id).await? {
             let over = answer.is_over(self.hub.rules.limits.resume_window_s);
             return if over { Err(unknown()) } else { Ok(Found::Answer(Box::new(answer))) };
         }
         self.revive(tenant, id, take).await?.ok_or_else(unknown)
+    }
+
+    /// A response that has ended and is stored.
+    async fn answer(&self, tenant: &Tenant, id: &str) -> Result<Option<record::Answer>, Error> {
+        let answer = self.archive.answer::<record::Answer>(tenant, id).await;
+        let answer = answer.map_err(|error| Error::from(error).of_response(id))?;
+        answer.map(|answer| answer.facts.check(id).map(|()| answer)).transpose()
     }
 }
 

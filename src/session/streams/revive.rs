@@ -122,13 +122,13 @@ impl Sessions {
             return Ok(Some(Found::Stream(stream)));
         }
         let journal = Journal::stream(tenant, id);
-        let answer: Option<Answer> = self.archive.answer(tenant, id).await?;
-        if let Some(answer) = answer {
+        if let Some(answer) = self.answer(tenant, id).await? {
             self.hub.clear(&self.archive, &journal, (tenant, id), answer.kept).await?;
             let over = answer.is_over(self.hub.rules.limits.resume_window_s);
             return Ok((!over).then(|| Found::Answer(Box::new(answer))));
         }
-        let entries: Vec<Entry> = self.archive.entries(&journal).await?;
+        let entries = self.archive.entries::<Entry>(&journal).await;
+        let entries = entries.map_err(|error| Error::from(error).of_response(id))?;
         let next = entries.len() as u64;
         let age = clock::unix_seconds().saturating_sub(entries.last().map_or(0, Entry::at));
         let elsewhere = self.hub.rules.shared && !take && age < ORPHANED.as_secs();
@@ -141,6 +141,7 @@ impl Sessions {
             return Ok(None);
         };
         let Begun { facts, turn, parent } = *begun;
+        facts.check(id)?;
         let told: Vec<Told> = entries.flat_map(Entry::events).collect();
         if elsewhere {
             return Ok(Some(Found::Elsewhere(facts, told)));
