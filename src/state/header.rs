@@ -42,9 +42,9 @@ pub struct Damaged(pub String);
 #[derive(Clone, Debug, PartialEq)]
 pub struct Info {
     pub head: SnapshotHead,
-    /// Positions of the sequence as a client sees it, [`Memory::tokens`].
+    /// Positions of the sequence as a client sees it, [`Memory::tokens`](crate::types::Memory::tokens).
     pub tokens: u64,
-    /// Bytes of the recurrent state, [`Memory::bytes`].
+    /// Bytes of the recurrent state, [`Memory::bytes`](crate::types::Memory::bytes).
     pub bytes: u64,
 }
 
