@@ -57,14 +57,12 @@ impl Activations {
 kernel! {
     fn in_16(x: &[f32], offset: i32, codes: &mut [i8], runs: &mut [Run]) {
         rounded::<16>(x, offset, codes, runs);
-        let _ = A::fma;
     }
 }
 
 kernel! {
     fn in_32(x: &[f32], offset: i32, codes: &mut [i8], runs: &mut [Run]) {
         rounded::<32>(x, offset, codes, runs);
-        let _ = A::fma;
     }
 }
 

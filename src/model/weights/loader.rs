@@ -34,11 +34,13 @@ impl<'a> Loader<'a> {
     /// too, is of the new values.
     ///
     /// # Errors
-    /// [`Error::Convert`] when such a matrix is quantised already, in another way: what it has lost would be lost twice.
+    /// [`Error::Convert`] when such a matrix is quantised already, in another way: what it has lost would be lost twice. Only f32
+    /// holds all that blocks stand for.
     pub fn quantising(self, kind: Option<Kind>) -> Result<Self, Error> {
         for (name, info) in self.checkpoint.tensors() {
             let becomes = kind.and_then(|kind| becomes(name, &info.shape, kind));
-            if let Some(kind) = becomes.filter(|&kind| info.kind.quantised() && info.kind != kind) {
+            if let Some(kind) = becomes.filter(|&kind| info.kind.quantised() && ![info.kind, Kind::F32].contains(&kind))
+            {
                 let own = info.kind;
                 return Err(Error::Convert(format!(
                     "`{name}` is quantised already, as {own}; quantised once more, as {kind}, it would lose more than {kind} of \
