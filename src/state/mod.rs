@@ -20,6 +20,7 @@ mod archive;
 mod bucket;
 mod codec;
 mod fit;
+mod gallop;
 mod header;
 mod hints;
 mod journal;
