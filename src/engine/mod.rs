@@ -112,7 +112,17 @@ pub enum Event {
     /// A choice is complete.
     Done { choice: usize, finish: Finish, sampled: u64, kept: Option<Box<Kept>> },
     /// The job failed; nothing follows.
-    Failed(String),
+    Failed(Failure),
+}
+
+/// Why a job failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// No token can be chosen: the state that the job began from, or the weights, have numbers that nothing can be made of.
+    #[error("{}", crate::sample::Error::NoToken)]
+    NotFinite,
+    #[error("{0}")]
+    Other(String),
 }
 
 /// What is kept of a response.
@@ -217,7 +227,7 @@ impl Handle {
         let letter = Letter::Job(Box::new(Submission { job, events, permit }));
         if let Err(std::sync::mpsc::SendError(Letter::Job(lost))) = inbox.send(letter) {
             // The thread has ended; whoever listens hears it.
-            let _ = lost.events.send(Event::Failed("the engine has stopped".into()));
+            let _ = lost.events.send(Event::Failed(Failure::Other("the engine has stopped".into())));
         }
         receiver
     }

@@ -36,7 +36,7 @@ use prefix::PrefixCache;
 use streams::Hub;
 
 pub use branch::Branching;
-pub use conversations::{Conversation, StoredItem};
+pub use conversations::{Anew, Conversation, StoredItem};
 pub use initial::InitialStates;
 pub use portable::check_metadata;
 pub use prefix::PrefixLimits;

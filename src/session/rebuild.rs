@@ -165,7 +165,7 @@ impl Sessions {
         while let Some(event) = events.recv().await {
             match event {
                 Event::Done { kept: Some(kept), .. } => return Ok(kept.memory.segments),
-                Event::Failed(why) => return Err(Error::Engine(why)),
+                Event::Failed(why) => return Err(Error::Engine(why.to_string())),
                 _ => {}
             }
         }

@@ -40,12 +40,14 @@ impl Sessions {
                 origin.check(&turn.start)?;
             }
         }
-        let plan = self.plan(turn, model, origin).await?;
+        let mut plan = self.plan(turn, model, origin).await?;
         let jobs = match &resumed {
             Some(resumed) => resumed.jobs(plan.jobs()),
             None => plan.jobs(),
         };
         let permits = self.reserve(&plan, jobs.len()).await?;
+        // The first that is written: nothing about the request can be wrong any more.
+        self.begin_anew(&mut plan.turn).await?;
         self.launch(plan, jobs.into_iter().zip(permits).collect(), resumed).await
     }
 
@@ -263,7 +265,7 @@ async fn forward(mut outputs: Outputs, keeper: &mut Keeper, writer: &mut Writer,
             }
             engine::Event::Failed(why) => {
                 keeper.session = None;
-                writer.hold(Event::Failed(Error::Engine(why)), Vec::new());
+                writer.hold(Event::Failed(keeper.blame(why)), Vec::new());
                 return writer.flush().await;
             }
         }
