@@ -210,6 +210,12 @@ impl Handle {
         (0..jobs).map(|_| take()).collect::<Result<_, _>>().map_err(|_| self.full())
     }
 
+    /// Waits for a place. Whoever waits goes before those who only ask.
+    pub fn place(&self) -> impl Future<Output = Permit> + Send + use<> {
+        let places = self.places.clone();
+        async move { Permit(places.acquire_owned().await.expect("it is never closed")) }
+    }
+
     /// What is said when there is no place.
     pub fn full(&self) -> Full {
         Full { retry_after: self.retry_after() }
