@@ -27,7 +27,7 @@ use crate::scheduler::Limits;
 use crate::text::{Tokenizer, Trim};
 use crate::types::{Finish, Memory, Sampling, SegmentData, Tenant};
 
-pub use crate::model::ARITHMETIC;
+pub use crate::model::arithmetic;
 pub use backend::{Backend, ModelBackend, Speculation};
 pub use park::Pause;
 pub use replay::Replay;

@@ -174,7 +174,7 @@ impl Keeper {
             owner: self.turn.tenant.clone(),
             model: self.model.card.id.clone(),
             fingerprint: self.model.card.fingerprint.clone(),
-            arithmetic: engine::ARITHMETIC.into(),
+            arithmetic: engine::arithmetic().into(),
             session: self.session.as_ref().map(|s| s.id.clone()),
             record: self.session.as_ref().map(|s| s.head.next()),
             turn,

@@ -1,5 +1,6 @@
 //! Listing, showing and deleting states, sessions and turns.
 
+use super::prefix::Forgotten;
 use super::{Error, Listing, Page, SessionInfo, Sessions, StateInfo, TurnInfo};
 use crate::state::{self, At, Entry, Info, Listed, Origin, Wanted};
 use crate::telemetry::clock;
@@ -62,6 +63,11 @@ impl Sessions {
         }
         self.archive.remove(tenant, id).await?;
         self.archive.forget_evicted(tenant, id).await?;
+        if let (Some(prefix), Ok(Some(info))) = (&self.prefix, &info) {
+            let mut forgotten = Forgotten::default();
+            forgotten.state(&info.head.fingerprint, id);
+            prefix.forget(tenant, forgotten);
+        }
         self.policy.quotas.count_again(tenant).await;
         if let Ok(Some(info)) = info
             && let Some(parent) = info.head.parent.filter(|_| free)
@@ -116,9 +122,26 @@ impl Sessions {
     pub async fn delete_session(&self, tenant: &Tenant, id: &SessionId) -> Result<(), Error> {
         self.hub.supersede(tenant, id).await;
         let _turnstile = self.busy.enter(tenant, id, None)?;
+        let forgotten = self.read_of(tenant, id).await?;
         let deleted = self.archive.delete(tenant, id, clock::unix_seconds()).await?;
         self.policy.quotas.count_again(tenant).await;
+        if let Some(prefix) = &self.prefix {
+            prefix.forget(tenant, forgotten);
+        }
         if deleted { Ok(()) } else { Err(Error::SessionNotFound(id.clone())) }
+    }
+}
+
+impl Sessions {
+    /// What the prefix cache may have of a session's turns, taken back or not. Nothing where there is no such cache.
+    async fn read_of(&self, tenant: &Tenant, id: &SessionId) -> Result<Forgotten, Error> {
+        let mut forgotten = Forgotten::default();
+        if self.prefix.is_some() {
+            for entry in self.archive.records(tenant, id).await? {
+                forgotten.turn(&entry);
+            }
+        }
+        Ok(forgotten)
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::origin::Parent;
 use super::{Error, Model, Sessions};
-use crate::engine::{ARITHMETIC, Event, Job};
+use crate::engine::{Event, Job, arithmetic};
 use crate::state::{self, Origin};
 use crate::telemetry::{clock, metrics};
 use crate::text::Trim;
@@ -203,7 +203,7 @@ impl Sessions {
             owner: tenant.clone(),
             model: record.model.clone(),
             fingerprint: record.fingerprint.clone(),
-            arithmetic: ARITHMETIC.into(),
+            arithmetic: arithmetic().into(),
             session: Some(origin.session),
             record: Some(origin.record),
             turn: origin.turn,

@@ -11,7 +11,7 @@ use futures::stream::{self, StreamExt, TryStreamExt};
 
 use super::archive::{AT_ONCE, damaged};
 use super::gallop::{Gallop, Last};
-use super::lineage::Turn;
+use super::lineage::{Turn, skip_damaged};
 use super::{Archive, Back, Damaged, Entry, Error, Listed, Put, record};
 use crate::types::{SessionId, StateId, Tenant, TurnRecord};
 
@@ -243,6 +243,15 @@ impl Archive {
             }
             // A turn was committed meanwhile: delete that as well.
         }
+    }
+
+    /// The records of a session since it began, those that were taken back too, but for damaged ones.
+    pub async fn records(&self, tenant: &Tenant, session: &SessionId) -> Result<Vec<Entry>, Error> {
+        let Some(head) = self.readable_head(tenant, session).await?.live else { return Ok(Vec::new()) };
+        let numbers = self.numbers(tenant, session, head.first - 1).await?;
+        let entries =
+            numbers.into_iter().map(|number| async move { skip_damaged(self.entry(tenant, session, number).await) });
+        stream::iter(entries).buffered(AT_ONCE).try_filter_map(async |entry| Ok(entry)).try_collect().await
     }
 
     /// The numbers of a session's records after `after`, ascending.
