@@ -16,11 +16,13 @@ mod embed_attention;
 mod kind;
 mod matmul;
 mod norm;
+mod pages;
 mod quants;
 #[cfg(test)]
 mod random;
 #[cfg(target_arch = "x86_64")]
 mod simd;
+mod sparse;
 mod team;
 mod tile;
 mod tiny_attention;
@@ -38,8 +40,9 @@ pub use deep_embed::{multiply_by_matrices, multiply_by_rows};
 pub use elementwise::{Activation, activate, add, multiply, token_shift, token_shift_added};
 pub use embed_attention::{Queries, Stretch, attend, mean_of, tanh_all};
 pub use kind::Kind;
-pub use matmul::{Panels, Product, matmul, multiply_all};
+pub use matmul::{Panels, Product, Shape, matmul, multiply_all};
 pub use norm::layer_norm;
+pub use pages::Pages;
 pub use team::Team;
 pub use tiny_attention::tiny_attend;
 pub use weight::Weight;
