@@ -78,7 +78,7 @@ fn collect(mut events: UnboundedReceiver<Event>, choices: usize) -> Result<Vec<(
                 let text = std::mem::take(&mut texts[choice]);
                 answers[choice] = Some((Answer { text, finish, sampled }, kept.map(|k| *k)));
             }
-            Event::Failed(why) => return Err(why),
+            Event::Failed(why) => return Err(why.to_string()),
         }
     }
     Ok(answers.into_iter().map(|a| a.expect("every choice ends")).collect())

@@ -142,6 +142,7 @@ impl Ask {
             model: None,
             store: self.store || one,
             start,
+            anew: None,
             input,
             choices: if one { 1 } else { self.choices },
             sampling,

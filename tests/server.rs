@@ -10,6 +10,8 @@ mod canaries;
 mod cluster;
 #[path = "server/conformance.rs"]
 mod conformance;
+#[path = "server/conversations.rs"]
+mod conversations;
 #[path = "server/durability.rs"]
 mod durability;
 #[path = "server/errors.rs"]

@@ -34,6 +34,9 @@ pub enum Error {
     UnknownSession(String),
     #[error("no item `{0}` in this conversation")]
     UnknownItem(String),
+    /// An item that a request names at a place of its body.
+    #[error("no item `{id}` in this conversation or in a stored response")]
+    UnknownReference { at: String, id: String },
     #[error("{0}")]
     Unauthorized(&'static str),
     #[error("there is nothing at {0}; GET /docs shows every route")]
@@ -144,6 +147,7 @@ impl Error {
             Self::Renamed { param, error } => error.wire().param(Some(param)),
             Self::UnknownState(_) => Wire::new(404, "state_not_found").param(Some("state_id")),
             Self::UnknownSession(_) => Wire::new(404, "session_not_found").param(Some("session_id")),
+            Self::UnknownReference { at, .. } => Wire::new(404, "item_not_found").param(Some(at)),
             Self::UnknownItem(_) => Wire::new(404, "item_not_found").param(Some("item_id")),
             Self::Session(error) => match error {
                 S::ModelNotFound(_) => Wire::new(404, "model_not_found").param(Some("model")),
@@ -165,6 +169,7 @@ impl Error {
                 S::QuotaExceeded { .. } => Wire::new(403, "state_quota_exceeded"),
                 S::SessionConflict { .. } => Wire::new(412, "session_conflict").param(Some("session_id")),
                 S::StateDamaged(..) => Wire::new(500, "state_damaged").param(Some("state_id")).shown().last(),
+                S::StateUnusable(_) => Wire::new(400, "invalid_state").param(Some("state_id")),
                 S::SessionDamaged(_) => Wire::new(500, "session_damaged").param(Some("session_id")).shown().last(),
                 S::ResponseDamaged(..) => Wire::new(500, "response_damaged").param(Some("response_id")).shown().last(),
                 S::ConversationDamaged(..) => {
@@ -291,7 +296,8 @@ mod tests {
         let conflict = S::SessionConflict { session: session.clone(), head: state.to_string() };
         let beginning = S::InitialStateMismatch { session: session.clone(), began_from: "elsewhere".into() };
         let lost = S::TurnConflict { session: session.clone(), state: Some(state.clone()) };
-        let cases: [(Error, u16, &str, Option<&str>); 24] = [
+        let cases: [(Error, u16, &str, Option<&str>); 25] = [
+            (S::StateUnusable(state.clone()).into(), 400, "invalid_state", Some("state_id")),
             (lost.into(), 409, "session_conflict", Some("session_id")),
             (S::TurnRunning(session.clone()).into(), 409, "session_busy", Some("session_id")),
             (S::SessionExists(session.clone()).into(), 409, "session_exists", Some("to")),

@@ -87,6 +87,7 @@ impl ReadRequest {
             tenant: head.caller.tenant,
             model: self.model,
             start,
+            anew: None,
             choices: 1,
             sampling: Sampling::default(),
             stop: Vec::new(),

@@ -96,7 +96,7 @@ fn stored(
         owner: Tenant::local(),
         model: String::new(),
         fingerprint: String::new(),
-        arithmetic: crate::engine::ARITHMETIC.into(),
+        arithmetic: crate::engine::arithmetic().into(),
         session: None,
         record: None,
         turn: 1,

@@ -27,7 +27,7 @@ use crate::scheduler::Limits;
 use crate::text::{Tokenizer, Trim};
 use crate::types::{Finish, Memory, Sampling, SegmentData, Tenant};
 
-pub use crate::model::ARITHMETIC;
+pub use crate::model::arithmetic;
 pub use backend::{Backend, ModelBackend, Speculation};
 pub use park::Pause;
 pub use replay::Replay;
@@ -112,7 +112,17 @@ pub enum Event {
     /// A choice is complete.
     Done { choice: usize, finish: Finish, sampled: u64, kept: Option<Box<Kept>> },
     /// The job failed; nothing follows.
-    Failed(String),
+    Failed(Failure),
+}
+
+/// Why a job failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// No token can be chosen: the state that the job began from, or the weights, have numbers that nothing can be made of.
+    #[error("{}", crate::sample::Error::NoToken)]
+    NotFinite,
+    #[error("{0}")]
+    Other(String),
 }
 
 /// What is kept of a response.
@@ -200,6 +210,12 @@ impl Handle {
         (0..jobs).map(|_| take()).collect::<Result<_, _>>().map_err(|_| self.full())
     }
 
+    /// Waits for a place. Whoever waits goes before those who only ask.
+    pub fn place(&self) -> impl Future<Output = Permit> + Send + use<> {
+        let places = self.places.clone();
+        async move { Permit(places.acquire_owned().await.expect("it is never closed")) }
+    }
+
     /// What is said when there is no place.
     pub fn full(&self) -> Full {
         Full { retry_after: self.retry_after() }
@@ -217,7 +233,7 @@ impl Handle {
         let letter = Letter::Job(Box::new(Submission { job, events, permit }));
         if let Err(std::sync::mpsc::SendError(Letter::Job(lost))) = inbox.send(letter) {
             // The thread has ended; whoever listens hears it.
-            let _ = lost.events.send(Event::Failed("the engine has stopped".into()));
+            let _ = lost.events.send(Event::Failed(Failure::Other("the engine has stopped".into())));
         }
         receiver
     }

@@ -10,7 +10,8 @@ use super::draw::{Draw, Drawn, Logits, Said};
 use super::live::{Choice, Live, Place, send, tell};
 use super::response::Response;
 use super::worth::{Ahead, Costs};
-use super::{Backend, Event, Gauges, Kept, Letter, Submission, middle, replay};
+use super::{Backend, Event, Failure, Gauges, Kept, Letter, Submission, middle, replay};
+use crate::sample;
 use crate::scheduler::{JobId, Limits, Need, Next, Plan, Scheduler, Seat, Span};
 use crate::telemetry::{clock, metrics};
 use crate::text::Tokenizer;
@@ -81,7 +82,7 @@ impl Engine {
             }
         }
         for id in self.jobs.keys().copied().collect::<Vec<_>>() {
-            self.fail(id, "the server is shutting down");
+            self.fail(id, Failure::Other("the server is shutting down".into()));
         }
     }
 
@@ -131,7 +132,7 @@ impl Engine {
         let need = Need { tenant: job.tenant.clone(), tokens: job.ids.len(), seats: job.choices, stops };
         if let Err(refused) = self.scheduler.submit(id, need) {
             drop(permit);
-            return send(&events, Event::Failed(refused.to_string()));
+            return send(&events, Event::Failed(Failure::Other(refused.to_string())));
         }
         let prompt = Place { current: SlotId(0), fed: 0, anchor: None, shared: false };
         let since = clock::now();
@@ -150,15 +151,15 @@ impl Engine {
         }
     }
 
-    fn fail(&mut self, id: JobId, why: &str) {
+    fn fail(&mut self, id: JobId, why: Failure) {
         self.scheduler.cancel(id);
-        self.leave(id, Event::Failed(why.into()));
+        self.leave(id, Event::Failed(why));
     }
 
     fn step(&mut self, plan: &Plan) {
         for (id, seats) in &plan.admitted {
             if let Err(why) = self.seat(*id, seats) {
-                self.fail(*id, &why);
+                self.fail(*id, Failure::Other(why));
             }
         }
         self.ids.clear();
@@ -178,7 +179,7 @@ impl Engine {
         metrics::step(&self.name, ids.len(), clock::now() - began);
         if let Err(why) = outcome {
             tracing::error!(model = self.name, why, "a step failed");
-            spans.iter().for_each(|span| self.fail(span.job, &why));
+            spans.iter().for_each(|span| self.fail(span.job, Failure::Other(why.clone())));
             return;
         }
         let mut logits = std::mem::take(&mut self.logits);
@@ -333,8 +334,8 @@ impl Engine {
                 self.finish(id, index, finish);
                 return 0;
             }
-            Some(Err(why)) => {
-                self.fail(id, &why.to_string());
+            Some(Err(sample::Error::NoToken)) => {
+                self.fail(id, Failure::NotFinite);
                 return 0;
             }
         }

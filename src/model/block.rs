@@ -7,7 +7,7 @@ use super::linear::{self, LayerNorm, Linear, Orientation, floats, floats_mut};
 use super::pool::Pool;
 use super::weights::{Checkpoint, Loader};
 use super::workspace::Workspace;
-use super::{ARITHMETIC, Error, chains};
+use super::{Error, arithmetic, chains};
 use crate::types::{Row, Segment, SegmentData, SlotId, Want};
 
 /// Half of a block: reads its share of a sequence's state and the tokens before, gives what is added to the residual.
@@ -279,7 +279,7 @@ impl Model {
         description.state_bytes_per_token = 4 * segments.iter().map(width).sum::<usize>() as u64;
         description.context =
             segments.iter().filter_map(|s| if let Segment::Log { cap, .. } = s { *cap } else { None }).min();
-        description.arithmetic = ARITHMETIC;
+        description.arithmetic = arithmetic();
         Self { description, parts, segments, initial: Vec::new(), work: Workspace::default() }
     }
 

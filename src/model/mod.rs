@@ -45,6 +45,14 @@ pub use weights::{Checkpoint, Lora, TensorInfo};
 /// Revision of the arithmetic: raised whenever the same weights and tokens may give other bits than before.
 pub const ARITHMETIC: &str = "cpu-3";
 
+/// The same where there are no fused multiply-adds.
+const ARITHMETIC_PLAIN: &str = "cpu-3-plain";
+
+/// [`ARITHMETIC`] on this machine's processor: without fused multiply-adds the kernels round twice where others round once.
+pub fn arithmetic() -> &'static str {
+    if kernels::fused() { ARITHMETIC } else { ARITHMETIC_PLAIN }
+}
+
 /// Why a model cannot be loaded or run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Sessions};
+use super::{Error, Sessions, Turn};
 use crate::state::{Entry, Journal, Put};
 use crate::telemetry::clock;
 use crate::types::{Finish, Role, SessionId, StateId, Tenant};
@@ -42,6 +42,18 @@ enum Change {
     Metadata(BTreeMap<String, String>),
 }
 
+/// What a turn does to its conversation before it begins, when it reads all of it anew: the journal's next entry.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Anew {
+    /// The session that is left, and its head.
+    session: SessionId,
+    head: Option<StateId>,
+    /// How many entries the journal has before.
+    changes: u64,
+    items: Vec<StoredItem>,
+    instructions: Option<String>,
+}
+
 /// A conversation as it is now.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Conversation {
@@ -66,6 +78,24 @@ impl Conversation {
     /// What the next turn has to read first.
     pub fn unread(&self) -> &[StoredItem] {
         &self.items[self.read..]
+    }
+
+    /// The same as it will be when everything is read anew, after other instructions; and what a turn of it takes along, so
+    /// that it becomes so.
+    pub fn anew(self, instructions: Option<String>) -> (Self, Anew) {
+        let Self { session: left, head, changes, ref items, .. } = self;
+        let anew = Anew { session: left, head, changes, items: items.clone(), instructions: instructions.clone() };
+        let (id, number) = (conversation_of(&anew.session).unwrap_or_default(), self.number + 1);
+        let next = Self {
+            session: session(id, number),
+            head: None,
+            number,
+            changes: changes + 1,
+            read: 0,
+            instructions,
+            ..self
+        };
+        (next, anew)
     }
 }
 
@@ -103,13 +133,31 @@ impl Sessions {
     }
 
     /// Refuses a turn of a session that another one has taken the place of, as when an item was deleted a moment ago: the
-    /// conversation would never show it.
-    pub(super) async fn check_current(&self, tenant: &Tenant, session: &SessionId) -> Result<(), Error> {
+    /// conversation would never show it. So it is with one that was to read anew what has changed since.
+    pub(super) async fn check_current(&self, turn: &Turn, session: &SessionId) -> Result<(), Error> {
         let Some(id) = conversation_of(session) else { return Ok(()) };
-        match fold(id, self.changes(tenant, id).await?) {
-            Some(now) if now.session != *session => Err(Error::TurnConflict { session: session.clone(), state: None }),
-            _ => Ok(()),
+        let Some(now) = fold(id, self.changes(&turn.tenant, id).await?) else { return Ok(()) };
+        let is_current = match &turn.anew {
+            None => now.session == *session,
+            Some(anew) => now.session == anew.session && now.changes == anew.changes,
+        };
+        if is_current { Ok(()) } else { Err(Error::TurnConflict { session: session.clone(), state: None }) }
+    }
+
+    /// Notes that a turn, all of which was checked, reads its conversation anew. Not while the session that it leaves runs one.
+    pub(super) async fn begin_anew(&self, turn: &mut Turn) -> Result<(), Error> {
+        let Some(Anew { session, head, changes, items, instructions }) = turn.anew.take() else { return Ok(()) };
+        let Some(id) = conversation_of(&session) else { return Ok(()) };
+        let tenant = &turn.tenant;
+        self.hub.supersede(tenant, &session).await;
+        let _turnstile = self.busy.enter(tenant, &session, None)?;
+        // A turn that was committed since its items were put together is not among them.
+        let stayed = self.archive.head(tenant, &session).await?.state() == head.as_ref();
+        let change = Change::Anew { items, instructions };
+        if !stayed || self.archive.append(&Journal::conversation(tenant, id), changes, &change).await? == Put::Exists {
+            return Err(Error::TurnConflict { session: session.clone(), state: None });
         }
+        Ok(())
     }
 
     /// Adds items that the next turn will read.
@@ -138,19 +186,6 @@ impl Sessions {
             Ok(Change::Anew { items, instructions: conversation.instructions.clone() })
         };
         self.change(tenant, id, without).await
-    }
-
-    /// Has everything read anew, after other instructions.
-    pub async fn begin_anew(
-        &self,
-        tenant: &Tenant,
-        id: &str,
-        instructions: Option<String>,
-    ) -> Result<Conversation, Error> {
-        let anew = |conversation: &Conversation| {
-            Ok(Change::Anew { items: conversation.items.clone(), instructions: instructions.clone() })
-        };
-        self.change(tenant, id, anew).await
     }
 
     /// Ends a conversation and removes its sessions.

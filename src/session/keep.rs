@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::origin::{Parent, Session};
 use super::retain::Policy;
 use super::{Cached, Error, Input, Model, Prompt, StateError, StateReceipt, Turn};
-use crate::engine::Kept;
+use crate::engine::{self, Kept};
 use crate::state::{self, Archive, Commit};
 use crate::telemetry::{clock, metrics};
 use crate::types::{
@@ -118,6 +118,10 @@ impl Keeper {
         };
         if let Err(e) = stored.await {
             self.policy.quotas.give_back(tenant, bytes).await;
+            if matches!(e, state::Error::Unfit { .. }) {
+                let why = "the state is not kept: it has numbers that are not finite";
+                return Err(NotKept::Lost(failed(StateError::UNFIT, why, Some(&e))));
+            }
             return Err(NotKept::Lost(failed(StateError::STORE, "the state could not be stored", Some(&e))));
         }
         Ok(())
@@ -137,6 +141,14 @@ impl Keeper {
             tracing::warn!(%error, "the state of a turn that was not committed could not be removed");
         }
         stored.is_ok().then_some(id)
+    }
+
+    /// Why the engine failed: the model, or what it was to go on from.
+    pub fn blame(&self, why: engine::Failure) -> Error {
+        match (why, &self.parent) {
+            (engine::Failure::NotFinite, Some(parent)) => Error::StateUnusable(parent.id.clone()),
+            (why, _) => Error::Engine(why.to_string()),
+        }
     }
 
     async fn commit(&self, session: &Session, record: TurnRecord) -> Result<Commit, state::Error> {
@@ -162,7 +174,7 @@ impl Keeper {
             owner: self.turn.tenant.clone(),
             model: self.model.card.id.clone(),
             fingerprint: self.model.card.fingerprint.clone(),
-            arithmetic: crate::engine::ARITHMETIC.into(),
+            arithmetic: engine::arithmetic().into(),
             session: self.session.as_ref().map(|s| s.id.clone()),
             record: self.session.as_ref().map(|s| s.head.next()),
             turn,

@@ -36,7 +36,7 @@ use prefix::PrefixCache;
 use streams::Hub;
 
 pub use branch::Branching;
-pub use conversations::{Conversation, StoredItem};
+pub use conversations::{Anew, Conversation, StoredItem};
 pub use initial::InitialStates;
 pub use portable::check_metadata;
 pub use prefix::PrefixLimits;
@@ -204,6 +204,8 @@ pub struct Sessions {
     stop: CancellationToken,
     busy: Busy,
     long_texts: plan::LongTexts,
+    /// Held while all sessions are looked through for a lost state.
+    searching: tokio::sync::Mutex<()>,
     hub: Arc<Hub>,
     /// What was read before; `None` = nothing is kept.
     prefix: Option<Arc<PrefixCache>>,
@@ -224,6 +226,7 @@ impl Sessions {
             stop: CancellationToken::new(),
             busy: Busy::default(),
             long_texts: plan::LongTexts::default(),
+            searching: tokio::sync::Mutex::default(),
             hub: Arc::new(Hub::new(StreamLimits::default(), false)),
             prefix: None,
         }

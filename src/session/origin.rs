@@ -84,7 +84,7 @@ impl Sessions {
             }
             Start::Session { id, .. } => {
                 let turnstile = self.busy.enter(&turn.tenant, id, turn.idempotency_key.as_deref())?;
-                self.check_current(&turn.tenant, id).await?;
+                self.check_current(turn, id).await?;
                 let head = self.archive.head(&turn.tenant, id).await?;
                 let state = head.live.as_ref().and_then(|entry| entry.record.state.clone());
                 let parent = match &state {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Error, Event, Model, Running, Sessions, StateError, StateInfo, StateReceipt, Turn};
+use super::{Error, Event, Model, Running, Sessions, Start, StateError, StateInfo, StateReceipt, Turn};
 use crate::state::{self, Damaged};
 use crate::telemetry::clock;
 use crate::types::{Snapshot, SnapshotHead, StateId, Tenant};
@@ -34,14 +34,15 @@ impl Sessions {
     /// Reads what a turn of no new tokens says, and returns when the state it leads to is durable.
     pub async fn read(&self, turn: Turn) -> Result<(Running, StateReceipt), Error> {
         debug_assert!(turn.max_tokens == Some(0) && turn.store && turn.choices == 1, "it only reads, and keeps");
+        let begins = match &turn.start {
+            Start::State(id) => Some(id.clone()),
+            _ => None,
+        };
         let mut running = self.start(turn).await?;
         loop {
             match running.next().await {
                 Some(Event::Done { stored: Some(Ok(receipt)), .. }) => return Ok((running, receipt)),
-                Some(Event::Done { stored: Some(Err(why)), .. }) if why.code == StateError::QUOTA => {
-                    return Err(Error::QuotaExceeded { message: why.message });
-                }
-                Some(Event::Done { stored: Some(Err(why)), .. }) => return Err(Error::Store(why.message)),
+                Some(Event::Done { stored: Some(Err(why)), .. }) => return Err(not_kept(why, begins)),
                 Some(Event::Failed(error)) => return Err(error),
                 Some(_) => {}
                 None => return Err(Error::Engine("the text was not read to its end".into())),
@@ -90,6 +91,15 @@ impl Sessions {
             return Err(error.into());
         }
         self.state(tenant, &id).await
+    }
+}
+
+/// Why a text that was read left no state; `begins` is the state before it.
+fn not_kept(why: StateError, begins: Option<StateId>) -> Error {
+    match begins {
+        _ if why.code == StateError::QUOTA => Error::QuotaExceeded { message: why.message },
+        Some(state) if why.code == StateError::UNFIT => Error::StateUnusable(state),
+        _ => Error::Store(why.message),
     }
 }
 

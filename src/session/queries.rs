@@ -1,9 +1,10 @@
 //! Listing, showing and deleting states, sessions and turns.
 
+use super::prefix::Forgotten;
 use super::{Error, Listing, Page, SessionInfo, Sessions, StateInfo, TurnInfo};
 use crate::state::{self, At, Entry, Info, Listed, Origin, Wanted};
 use crate::telemetry::clock;
-use crate::types::{Message, Role, SessionId, StateId, Tenant, TurnRecord};
+use crate::types::{Message, Role, SessionId, StateId, Tenant};
 
 impl Sessions {
     /// The tenant's states, oldest first, of one session or of all.
@@ -21,53 +22,55 @@ impl Sessions {
     pub async fn state(&self, tenant: &Tenant, id: &StateId) -> Result<StateInfo, Error> {
         match self.archive.info(tenant, id, clock::unix_seconds()).await {
             Ok(Some(info)) => Ok(state_info(info)),
-            Ok(None) => self.evicted_state(tenant, id).await,
-            Err(state::Error::Damaged { why, .. }) => Err(Error::StateDamaged(id.clone(), why)),
+            Ok(None) => self.rebuildable(tenant, id).await,
+            Err(state::Error::Damaged { why, .. }) => match self.rebuildable(tenant, id).await {
+                Err(Error::StateNotFound(_)) => Err(Error::StateDamaged(id.clone(), why)),
+                told => told,
+            },
             Err(e) => Err(e.into()),
         }
     }
 
     /// A state that is not stored, but can be rebuilt.
-    async fn evicted_state(&self, tenant: &Tenant, id: &StateId) -> Result<StateInfo, Error> {
-        let turn = match self.archive.evicted(tenant, id).await? {
-            Some(Origin { session, record, .. }) => {
-                let turn = self.archive.turn_at(tenant, &session, record).await?;
-                let now = clock::unix_seconds();
-                let is_it = |record: &TurnRecord| {
-                    record.state.as_ref() == Some(id) && record.expires_at.is_none_or(|at| at > now)
-                };
-                turn.map(|turn| (session, turn.entry)).filter(|(_, entry)| is_it(&entry.record))
-            }
-            None => None,
-        };
-        let (session, entry) = turn.ok_or_else(|| Error::StateNotFound(id.clone()))?;
-        let record = entry.record;
+    async fn rebuildable(&self, tenant: &Tenant, id: &StateId) -> Result<StateInfo, Error> {
+        let found = self.record_of(tenant, id).await?;
+        let (Origin { session, .. }, turn) = found.ok_or_else(|| Error::StateNotFound(id.clone()))?;
+        let (entry, record) = (&turn.entry, &turn.entry.record);
         Ok(StateInfo {
             id: id.clone(),
-            model: record.model,
-            parent: record.parent,
+            model: record.model.clone(),
+            parent: record.parent.clone(),
             session_id: Some(session),
             turn: entry.depth,
             tokens: record.tokens,
             bytes: record.bytes,
             created: record.created,
             expires_at: record.expires_at,
-            metadata: entry.metadata,
+            metadata: entry.metadata.clone(),
         })
     }
 
     pub async fn delete_state(&self, tenant: &Tenant, id: &StateId) -> Result<(), Error> {
-        let parent = match self.archive.info(tenant, id, 0).await {
-            Ok(info) => info.filter(|info| info.head.session.is_none()).and_then(|info| info.head.parent),
-            Err(_) => None,
-        };
-        let stored = self.archive.remove(tenant, id).await?;
-        let evicted = self.archive.forget_evicted(tenant, id).await?;
-        if !stored && !evicted {
+        let info = self.archive.info(tenant, id, 0).await;
+        let free = matches!(&info, Ok(Some(info)) if info.head.session.is_none());
+        let known = !matches!(&info, Ok(None)) || self.record_of(tenant, id).await?.is_some();
+        if !known {
             return Err(Error::StateNotFound(id.clone()));
         }
+        if !free {
+            // Its turn is still there, and would bring it back.
+            self.archive.note_deleted(tenant, id).await?;
+        }
+        self.archive.remove(tenant, id).await?;
+        self.archive.forget_evicted(tenant, id).await?;
+        if let (Some(prefix), Ok(Some(info))) = (&self.prefix, &info) {
+            let mut forgotten = Forgotten::default();
+            forgotten.state(&info.head.fingerprint, id);
+            prefix.forget(tenant, forgotten);
+        }
         self.policy.quotas.count_again(tenant).await;
-        if let Some(parent) = parent
+        if let Ok(Some(info)) = info
+            && let Some(parent) = info.head.parent.filter(|_| free)
             && let Err(error) = self.needs_less(tenant, &parent).await
         {
             // The sweep comes by again.
@@ -119,9 +122,26 @@ impl Sessions {
     pub async fn delete_session(&self, tenant: &Tenant, id: &SessionId) -> Result<(), Error> {
         self.hub.supersede(tenant, id).await;
         let _turnstile = self.busy.enter(tenant, id, None)?;
+        let forgotten = self.read_of(tenant, id).await?;
         let deleted = self.archive.delete(tenant, id, clock::unix_seconds()).await?;
         self.policy.quotas.count_again(tenant).await;
+        if let Some(prefix) = &self.prefix {
+            prefix.forget(tenant, forgotten);
+        }
         if deleted { Ok(()) } else { Err(Error::SessionNotFound(id.clone())) }
+    }
+}
+
+impl Sessions {
+    /// What the prefix cache may have of a session's turns, taken back or not. Nothing where there is no such cache.
+    async fn read_of(&self, tenant: &Tenant, id: &SessionId) -> Result<Forgotten, Error> {
+        let mut forgotten = Forgotten::default();
+        if self.prefix.is_some() {
+            for entry in self.archive.records(tenant, id).await? {
+                forgotten.turn(&entry);
+            }
+        }
+        Ok(forgotten)
     }
 }
 

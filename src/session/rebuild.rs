@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::origin::Parent;
 use super::{Error, Model, Sessions};
-use crate::engine::{ARITHMETIC, Event, Job};
+use crate::engine::{Event, Job, arithmetic};
 use crate::state::{self, Origin};
 use crate::telemetry::{clock, metrics};
 use crate::text::Trim;
@@ -25,28 +25,49 @@ impl Sessions {
         let entry = head.live.as_ref().ok_or_else(|| Error::SessionNotFound(id.clone()))?;
         let turn = self.archive.turn_at(tenant, id, entry.turn).await?;
         let turn = turn.ok_or_else(|| Error::SessionNotFound(id.clone()))?;
-        self.rebuild(tenant, id, turn, model).await
+        let state = entry.record.state.as_ref().ok_or_else(|| Error::SessionNotFound(id.clone()))?;
+        let made_by = self.archive.origin_of(tenant, state).await?;
+        self.rebuild(tenant, id, (turn, made_by), model).await
     }
 
-    /// A state that was evicted or is damaged, if the record that made it is known. It is then stored again.
+    /// A state that was evicted, is damaged or was lost, if a record made it. It is then stored again.
     pub(super) async fn restore(&self, tenant: &Tenant, id: &StateId, model: &Model) -> Result<Option<Parent>, Error> {
-        let Some(Origin { session, record, .. }) = self.archive.origin_of(tenant, id).await? else { return Ok(None) };
-        let turn = self.archive.turn_at(tenant, &session, record).await?;
+        match self.record_of(tenant, id).await? {
+            Some((origin, turn)) => {
+                self.rebuild(tenant, &origin.session.clone(), (turn, Some(origin)), model).await.map(Some)
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// The record that rebuilds a state, if it has not expired: the one that is known to, or else one that is searched for.
+    pub(super) async fn record_of(
+        &self,
+        tenant: &Tenant,
+        id: &StateId,
+    ) -> Result<Option<(Origin, state::Turn)>, Error> {
+        let origin = match self.archive.origin_of(tenant, id).await? {
+            Some(origin) => Some(origin),
+            None => {
+                // One after the other: each may look at very many sessions.
+                let _alone = self.searching.lock().await;
+                self.archive.search(tenant, id, clock::unix_seconds()).await?
+            }
+        };
+        let Some(origin) = origin else { return Ok(None) };
+        let turn = self.archive.turn_at(tenant, &origin.session, origin.record).await?;
         let is_it = |turn: &state::Turn| {
             let record = &turn.entry.record;
             record.state.as_ref() == Some(id) && record.expires_at.is_none_or(|at| at > clock::unix_seconds())
         };
-        match turn.filter(is_it) {
-            Some(turn) => self.rebuild(tenant, &session, turn, model).await.map(Some),
-            None => Ok(None),
-        }
+        Ok(turn.filter(is_it).map(|turn| (origin, turn)))
     }
 
     async fn rebuild(
         &self,
         tenant: &Tenant,
         session: &SessionId,
-        turn: state::Turn,
+        (turn, made_by): (state::Turn, Option<Origin>),
         model: &Model,
     ) -> Result<Parent, Error> {
         let record = &turn.entry.record;
@@ -86,7 +107,6 @@ impl Sessions {
         ids.truncate(unread);
         let read_again = ids.len() as u64;
         let memory = Arc::new(self.read_again(tenant, model, base, (ids, resume)).await?);
-        let made_by = self.archive.origin_of(tenant, &state).await?;
         if let Some(origin) = made_by.clone().filter(|_| record.expires_at.is_none_or(|at| at > clock::unix_seconds()))
         {
             self.store_again(tenant, &turn, origin, memory.clone()).await;
@@ -165,7 +185,7 @@ impl Sessions {
         while let Some(event) = events.recv().await {
             match event {
                 Event::Done { kept: Some(kept), .. } => return Ok(kept.memory.segments),
-                Event::Failed(why) => return Err(Error::Engine(why)),
+                Event::Failed(why) => return Err(Error::Engine(why.to_string())),
                 _ => {}
             }
         }
@@ -183,7 +203,7 @@ impl Sessions {
             owner: tenant.clone(),
             model: record.model.clone(),
             fingerprint: record.fingerprint.clone(),
-            arithmetic: ARITHMETIC.into(),
+            arithmetic: arithmetic().into(),
             session: Some(origin.session),
             record: Some(origin.record),
             turn: origin.turn,

@@ -40,12 +40,18 @@ impl Sessions {
                 origin.check(&turn.start)?;
             }
         }
-        let plan = self.plan(turn, model, origin).await?;
+        let mut plan = self.plan(turn, model, origin).await?;
         let jobs = match &resumed {
             Some(resumed) => resumed.jobs(plan.jobs()),
             None => plan.jobs(),
         };
-        let permits = self.reserve(&plan, jobs.len()).await?;
+        let permits = match &resumed {
+            // They were let in before, by a server that may have had more places: those that find none wait for one.
+            Some(_) => self.hub.admit(&plan.model).map(|()| jobs.iter().map(|_| None).collect())?,
+            None => self.reserve(&plan, jobs.len()).await?.into_iter().map(Some).collect::<Vec<_>>(),
+        };
+        // The first that is written: nothing about the request can be wrong any more.
+        self.begin_anew(&mut plan.turn).await?;
         self.launch(plan, jobs.into_iter().zip(permits).collect(), resumed).await
     }
 
@@ -175,8 +181,8 @@ fn replayed(entry: Entry, session: &SessionId, model: &Model) -> Option<Running>
     Some(Running::new(facts, Source::Told(events.into())))
 }
 
-/// A job with its place in the engine.
-type Seated = (Placed, Permit);
+/// A job with its place in the engine; `None` = it waits for one.
+type Seated = (Placed, Option<Permit>);
 
 /// The events of all jobs, each with the index of its job's first choice.
 type Outputs = SelectAll<stream::BoxStream<'static, (usize, engine::Event)>>;
@@ -215,12 +221,18 @@ impl Run {
 
 fn submit(model: &Arc<Model>, jobs: Vec<Seated>, pause: &engine::Pause, reader: Option<&Reader>) -> Outputs {
     let submit = |((job, first), permit): Seated| {
-        let job = Job { pause: pause.clone(), ..job };
-        let events = match reader {
-            Some(reader) => reader.clone().run(model.clone(), job, permit).boxed(),
-            None => prefix::events(model, job, permit).boxed(),
+        let (job, model, reader) = (Job { pause: pause.clone(), ..job }, model.clone(), reader.cloned());
+        let events = async move {
+            let permit = match permit {
+                Some(permit) => permit,
+                None => model.engine.place().await,
+            };
+            match reader {
+                Some(reader) => reader.run(model, job, permit).boxed(),
+                None => prefix::events(&model, job, permit).boxed(),
+            }
         };
-        events.map(move |event| (first, event)).boxed()
+        stream::once(events).flatten().map(move |event| (first, event)).boxed()
     };
     jobs.into_iter().map(submit).collect()
 }
@@ -263,7 +275,7 @@ async fn forward(mut outputs: Outputs, keeper: &mut Keeper, writer: &mut Writer,
             }
             engine::Event::Failed(why) => {
                 keeper.session = None;
-                writer.hold(Event::Failed(Error::Engine(why)), Vec::new());
+                writer.hold(Event::Failed(keeper.blame(why)), Vec::new());
                 return writer.flush().await;
             }
         }

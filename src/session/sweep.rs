@@ -93,7 +93,8 @@ impl Sessions {
         let now = clock::unix_seconds();
         match task {
             Task::Tenant(tenant) => {
-                let folders = ["states", "evicted"].map(|folder| Task::Folder(format!("t/{tenant}/{folder}")));
+                let folders =
+                    ["states", "evicted", "deleted"].map(|folder| Task::Folder(format!("t/{tenant}/{folder}")));
                 let all = [Task::States(tenant.clone(), None), Task::Sessions(tenant, None)];
                 first(tasks, folders.into_iter().chain(all));
             }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::conversations::Anew;
 use super::streams::{Facts, Source};
 use crate::types::{Finish, Message, Sampling, SessionId, StateId, Tenant};
 
@@ -20,6 +21,9 @@ pub struct Turn {
     /// `None` = the default model.
     pub model: Option<String>,
     pub start: Start,
+    /// What is done to its conversation before it begins, once all of it was checked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub anew: Option<Anew>,
     pub input: Input,
     /// Choices for each prompt.
     pub choices: usize,
@@ -186,6 +190,8 @@ impl StateError {
     pub const STORE: Cow<'static, str> = Cow::Borrowed("state_store_failed");
     /// It would have been more than its tenant may have.
     pub const QUOTA: Cow<'static, str> = Cow::Borrowed("state_quota_exceeded");
+    /// It has numbers that are not finite.
+    pub const UNFIT: Cow<'static, str> = Cow::Borrowed("invalid_state");
 }
 
 /// Why a use-case did not run. `api` maps each to the wire.
@@ -233,6 +239,9 @@ pub enum Error {
     /// The stored object is damaged.
     #[error("state `{0}` is damaged and cannot be used: {1}")]
     StateDamaged(StateId, String),
+    /// It is whole, and of this model, but what is computed from it is not finite: nothing that the model made.
+    #[error("state `{0}` cannot be gone on from: its numbers are so large that what follows from them is not finite")]
+    StateUnusable(StateId),
     /// A stored record is damaged.
     #[error(
         "what is stored of this session is damaged ({0}); its states still work by their ids, and it can be deleted"

@@ -1,8 +1,10 @@
-//! Where the heads of sessions were last seen, so that a head is found without listing all records before it.
+//! Where the heads of sessions were last seen, so that a head is found without looking for it among all records.
 //!
-//! A hint is only where to look: the head is the hinted record if that is there, the next is not, and nothing was ever taken
-//! out of the session above a record that stays. The last is what [`Archive::note_gap`] says, before anything is taken out;
-//! so of a hint that is old, and whose session was deleted and reclaimed by another server since, nothing wrong follows.
+//! A hint is only where to begin to look: the head is the hinted record if that is there, the next is not, and nothing was
+//! ever taken out of the session above a record that stays. The last is what [`Archive::note_gap`] says, before anything is
+//! taken out; so of a hint that is old, and whose session was deleted and reclaimed by another server since, nothing wrong follows.
+//! Without a hint, and where the next is there, the head is looked for [as numbers are](super::gallop); only the records of a
+//! session that has gaps, or whose first records are gone since a session of the same name was deleted, are listed.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,7 +15,7 @@ use super::{Archive, Error};
 use crate::types::{SessionId, Tenant};
 
 /// The highest record of each session, as far as this process has seen. Bounded: when there are too many, all are forgotten,
-/// which costs a listing each.
+/// which costs a search each.
 #[derive(Debug, Default)]
 pub(super) struct Hints(Mutex<HashMap<(Tenant, SessionId), u64>>);
 

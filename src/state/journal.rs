@@ -1,6 +1,6 @@
 //! Journals: what grows entry by entry under one name, and single documents beside them.
 //!
-//! An entry is [sealed](super::sealed) as a turn's record is. Entry n + 1 is put, if it is absent, on top of
+//! An entry is [sealed](super::sealed) as a turn's record is, so that of two journals none shows the other's. Entry n + 1 is put, if it is absent, on top of
 //! entry n: of two processes that write the same journal one is told, and stops.
 
 use bytes::Bytes;
@@ -42,7 +42,8 @@ impl Journal {
 impl Archive {
     /// Puts entry `n`, from 0. It is durable when this returns; [`Put::Exists`] = somebody else's is there.
     pub async fn append(&self, journal: &Journal, n: u64, entry: &impl Serialize) -> Result<Put, Error> {
-        self.store.put_if_absent(&journal.entry(n), seal(entry).into()).await
+        let key = journal.entry(n);
+        self.store.put_if_absent(&key, seal(&key, entry).into()).await
     }
 
     /// All entries, in order; none when there is no such journal. An entry that is gone while this reads ends it.
@@ -51,7 +52,7 @@ impl Archive {
         let read = names.into_iter().map(|name| async move {
             let key = format!("{}/{name}", journal.0);
             let Some(bytes) = self.store.get(&key).await? else { return Ok(None) };
-            open(&bytes).map(Some).map_err(|why| damaged(&key, why))
+            open(&key, &bytes).map(Some).map_err(|why| damaged(&key, why))
         });
         let entries: Vec<Option<T>> = stream::iter(read).buffered(AT_ONCE).try_collect().await?;
         Ok(entries.into_iter().map_while(|entry| entry).collect())
@@ -87,14 +88,15 @@ impl Archive {
 
     /// Stores a finished response. It is durable when this returns.
     pub async fn put_answer(&self, tenant: &Tenant, response: &str, answer: &impl Serialize) -> Result<Put, Error> {
-        self.store.put_if_absent(&answer_key(tenant, response), seal(answer).into()).await
+        let key = answer_key(tenant, response);
+        self.store.put_if_absent(&key, seal(&key, answer).into()).await
     }
 
     /// A finished response.
     pub async fn answer<T: DeserializeOwned>(&self, tenant: &Tenant, response: &str) -> Result<Option<T>, Error> {
         let key = answer_key(tenant, response);
         let Some(bytes) = self.store.get(&key).await? else { return Ok(None) };
-        open(&bytes).map(Some).map_err(|why| damaged(&key, why))
+        open(&key, &bytes).map(Some).map_err(|why| damaged(&key, why))
     }
 
     /// Removes a finished response and says whether there was one.

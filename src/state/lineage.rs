@@ -214,7 +214,7 @@ fn place(runs: &[Run], depth: u64) -> Option<Place> {
 }
 
 /// Takes what is damaged for absent, and reports it.
-fn skip_damaged<T>(found: Result<Option<T>, Error>) -> Result<Option<T>, Error> {
+pub(super) fn skip_damaged<T>(found: Result<Option<T>, Error>) -> Result<Option<T>, Error> {
     match found {
         Err(Error::Damaged { key, why }) => {
             tracing::warn!(key, why, "a record of a session is damaged");

@@ -4,6 +4,7 @@
 //! t/{tenant}/forks/{session}/{other}:{record}   a record of `other` goes back to a record of `session`
 //! t/{tenant}/forks/{session}/{state id}         that free-standing state was made from one of the session's
 //! t/{tenant}/evicted/{state id}                 the state is no longer stored; the record named here rebuilds it
+//! t/{tenant}/deleted/{state id}                 nothing: a client deleted that state, whose turn is still its session's
 //! t/{tenant}/keys/{session}/{hash}[-{n}]        the turn of that `Idempotency-Key` is to be the record named here
 //! ```
 //!
@@ -128,6 +129,20 @@ impl Archive {
         self.store.delete(&evicted(tenant, id)).await
     }
 
+    /// Says, before it is so, that a client deleted a state of a session: it is not to be rebuilt by that id.
+    pub async fn note_deleted(&self, tenant: &Tenant, id: &StateId) -> Result<(), Error> {
+        self.store.put_if_absent(&deleted(tenant, id), Bytes::new()).await.map(|_| ())
+    }
+
+    pub(super) async fn is_deleted(&self, tenant: &Tenant, id: &StateId) -> Result<bool, Error> {
+        Ok(self.store.get_start(&deleted(tenant, id), 0).await?.is_some())
+    }
+
+    /// Forgets that a state was deleted whose turn is gone as well.
+    pub(super) async fn forget_deleted(&self, tenant: &Tenant, id: &StateId) -> Result<(), Error> {
+        self.store.delete(&deleted(tenant, id)).await.map(|_| ())
+    }
+
     /// Which record a state was made by, as far as what is left of it tells.
     pub async fn origin_of(&self, tenant: &Tenant, id: &StateId) -> Result<Option<Origin>, Error> {
         let head = match self.peek(tenant, id).await {
@@ -212,6 +227,10 @@ fn fork_key(tenant: &Tenant, session: &SessionId, (by, number): (&SessionId, u64
 
 fn evicted(tenant: &Tenant, id: &StateId) -> String {
     format!("t/{tenant}/evicted/{id}")
+}
+
+fn deleted(tenant: &Tenant, id: &StateId) -> String {
+    format!("t/{tenant}/deleted/{id}")
 }
 
 fn key_mark(tenant: &Tenant, session: &SessionId, key: &str, n: u64) -> String {

@@ -3,7 +3,7 @@
 //! ```text
 //! t/{tenant}/states/{state id}               one immutable snapshot, a safetensors file     (codec)
 //! t/{tenant}/sessions/{session id}/{turn}    one turn record, twelve digits, JSON           (record)
-//! t/{tenant}/forks|evicted|keys/…            what neither can say of itself                 (marks)
+//! t/{tenant}/forks|evicted|deleted|keys/…    what neither can say of itself                 (marks)
 //! t/{tenant}/gaps/{session id}               nothing: the session's records have gaps       (hints)
 //! t/{tenant}/aside/{state id}                a damaged snapshot that is out of the way      (remnant)
 //! t/{tenant}/streams/{response id}/{n}       what was sent of a response while it runs      (journal)
@@ -20,6 +20,7 @@ mod archive;
 mod bucket;
 mod codec;
 mod fit;
+mod gallop;
 mod header;
 mod hints;
 mod journal;
@@ -32,6 +33,7 @@ mod reclaim;
 mod record;
 mod remnant;
 mod sealed;
+mod search;
 mod sessions;
 mod squeeze;
 mod store;

@@ -175,6 +175,9 @@ impl Archive {
         if evicted {
             self.forget_evicted(tenant, id).await?;
         }
+        if self.is_deleted(tenant, id).await? {
+            self.forget_deleted(tenant, id).await?;
+        }
         Ok(ours && self.remove(tenant, id).await?)
     }
 }

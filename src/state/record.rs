@@ -75,7 +75,8 @@ struct Stored<'a> {
     record: Cow<'a, TurnRecord>,
 }
 
-pub(super) fn encode(entry: &Entry) -> Vec<u8> {
+/// What is stored of a record under `key`.
+pub(super) fn encode(key: &str, entry: &Entry) -> Vec<u8> {
     let stored = Stored {
         format: FORMAT,
         turn: entry.turn,
@@ -88,12 +89,12 @@ pub(super) fn encode(entry: &Entry) -> Vec<u8> {
         metadata: Cow::Borrowed(&entry.metadata),
         record: Cow::Borrowed(&entry.record),
     };
-    seal(&stored)
+    seal(key, &stored)
 }
 
-/// The record in `bytes`, which were stored as number `turn`.
-pub(super) fn decode(bytes: &[u8], turn: u64) -> Result<Entry, Damaged> {
-    let stored: Stored = open(bytes)?;
+/// The record in `bytes`, which were stored under `key` as number `turn`.
+pub(super) fn decode(key: &str, bytes: &[u8], turn: u64) -> Result<Entry, Damaged> {
+    let stored: Stored = open(key, bytes)?;
     if stored.format != FORMAT {
         let known = format!("it has format version {}; this program knows version {FORMAT}", stored.format);
         return Err(Damaged(known));
@@ -126,6 +127,8 @@ mod tests {
 
     use super::*;
     use crate::types::{Beginning, Memory, Message, Pending, Resume, Role, StateId, TurnUsage};
+
+    const KEY: &str = "t/a/sessions/s/000000000004";
 
     /// Counts that no short decimal number is.
     fn memory() -> Memory {
@@ -173,8 +176,8 @@ mod tests {
 
     #[test]
     fn records_come_back_and_are_one_line_of_json() {
-        let bytes = encode(&entry());
-        assert_eq!(decode(&bytes, 4).unwrap(), entry());
+        let bytes = encode(KEY, &entry());
+        assert_eq!(decode(KEY, &bytes, 4).unwrap(), entry());
         let text = String::from_utf8(bytes).unwrap();
         let json: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
         assert_eq!(json["record"]["ids"][2], u32::MAX);
@@ -184,30 +187,30 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_and_every_cut_is_noticed() {
-        let bytes = encode(&entry());
+        let bytes = encode(KEY, &entry());
         for bit in 0..bytes.len() * 8 {
             let mut flipped = bytes.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
-            assert!(decode(&flipped, 4).is_err(), "bit {bit}");
+            assert!(decode(KEY, &flipped, 4).is_err(), "bit {bit}");
         }
         for len in 0..bytes.len() {
-            assert!(decode(&bytes[..len], 4).is_err(), "length {len}");
+            assert!(decode(KEY, &bytes[..len], 4).is_err(), "length {len}");
         }
     }
 
     #[test]
     fn a_record_under_another_number_or_of_another_version_is_refused() {
-        let bytes = encode(&entry());
-        assert!(decode(&bytes, 5).unwrap_err().0.contains("turn 4"));
+        let bytes = encode(KEY, &entry());
+        assert!(decode(KEY, &bytes, 5).unwrap_err().0.contains("turn 4"));
         let text = String::from_utf8(bytes).unwrap();
         let json = text.lines().next().unwrap().replace(r#""format":1"#, r#""format":2"#);
         let newer = format!("{json}\n{}\n", blake3::hash(json.as_bytes()).to_hex());
-        assert!(decode(newer.as_bytes(), 4).unwrap_err().0.contains("version 2"));
+        assert!(decode(KEY, newer.as_bytes(), 4).unwrap_err().0.contains("version 2"));
     }
 
     #[test]
     fn a_record_of_an_older_version_is_read() {
-        let text = String::from_utf8(encode(&entry())).unwrap();
+        let text = String::from_utf8(encode(KEY, &entry())).unwrap();
         let json = text.lines().next().unwrap();
         let mut older: serde_json::Value = serde_json::from_str(json).unwrap();
         let fields = older.as_object_mut().unwrap();
@@ -215,7 +218,7 @@ mod tests {
         fields["record"].as_object_mut().unwrap().retain(|name, _| !["beginning", "resume"].contains(&name.as_str()));
         let older = older.to_string();
         let bytes = format!("{older}\n{}\n", blake3::hash(older.as_bytes()).to_hex());
-        let read = decode(bytes.as_bytes(), 4).unwrap();
+        let read = decode(KEY, bytes.as_bytes(), 4).unwrap();
         assert_eq!((read.record.beginning, read.record.resume), (None, None));
         assert_eq!((read.depth, read.run, read.back, read.made), (3, 2, None, 5));
     }
@@ -223,7 +226,7 @@ mod tests {
     proptest! {
         #[test]
         fn nothing_makes_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            prop_assert!(decode(&bytes, 1).is_err());
+            prop_assert!(decode(KEY, &bytes, 1).is_err());
         }
     }
 }

@@ -10,7 +10,8 @@ use bytes::Bytes;
 use futures::stream::{self, StreamExt, TryStreamExt};
 
 use super::archive::{AT_ONCE, damaged};
-use super::lineage::Turn;
+use super::gallop::{Gallop, Last};
+use super::lineage::{Turn, skip_damaged};
 use super::{Archive, Back, Damaged, Entry, Error, Listed, Put, record};
 use crate::types::{SessionId, StateId, Tenant, TurnRecord};
 
@@ -90,7 +91,8 @@ pub enum Commit {
 }
 
 impl Archive {
-    /// Where a session stands now. Takes the same time however many turns it has, once this process has seen it.
+    /// Where a session stands now. Takes the same time however many turns it has, once this process has seen it; before, as
+    /// many questions as the logarithm of their number.
     ///
     /// # Errors
     /// [`Error::Damaged`] if its highest record cannot be read.
@@ -130,18 +132,39 @@ impl Archive {
         }
     }
 
-    /// The highest number in use, if it is where it was hinted to be, or else from a listing.
+    /// The highest number in use: from a few single ones, or else from a listing.
     async fn last(&self, tenant: &Tenant, session: &SessionId) -> Result<Option<u64>, Error> {
-        let Some(hint) = self.hints.get(tenant, session) else {
-            return Ok(self.numbers(tenant, session, 0).await?.pop());
-        };
-        let next = self.store.get_start(&turn_key(tenant, session, hint + 1), 0).await?;
-        // In this order: a gap is noted before there is one.
-        let is_last = next.is_none() && !self.has_gap(tenant, session).await?;
-        if is_last {
-            return Ok(Some(hint));
+        let hint = self.hints.get(tenant, session);
+        if let Some(last) = self.last_in_run(tenant, session, hint).await? {
+            return Ok(Some(last));
         }
-        Ok(self.numbers(tenant, session, hint).await?.pop().or(Some(hint)))
+        Ok(self.numbers(tenant, session, hint.unwrap_or(0)).await?.pop().or(hint))
+    }
+
+    /// The same where all numbers from the first on, or from the hinted one, are in use up to it; otherwise `None`.
+    async fn last_in_run(&self, tenant: &Tenant, session: &SessionId, hint: Option<u64>) -> Result<Option<u64>, Error> {
+        let mut last = match hint {
+            // As good as always: nobody else has added to it.
+            Some(hint) if self.in_use(tenant, session, &[hint + 1]).await? == [false] => Some(Last::Is(hint)),
+            _ => None,
+        };
+        let mut search = Gallop::above(hint.map_or(0, |hint| hint + 1));
+        while last.is_none() {
+            let asked = search.asks();
+            last = search.hear(&asked, &self.in_use(tenant, session, &asked).await?);
+        }
+        match last {
+            // In this order: a gap is noted before there is one.
+            Some(Last::Is(last)) if last > 0 && !self.has_gap(tenant, session).await? => Ok(Some(last)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether each of these numbers has a record.
+    async fn in_use(&self, tenant: &Tenant, session: &SessionId, numbers: &[u64]) -> Result<Vec<bool>, Error> {
+        let keys: Vec<String> = numbers.iter().map(|number| turn_key(tenant, session, *number)).collect();
+        let starts = stream::iter(keys).map(|key| async move { self.store.get_start(&key, 0).await });
+        starts.buffered(AT_ONCE).map_ok(|start| start.is_some()).try_collect().await
     }
 
     /// Commits a turn on top of the head it began from. The state it names must already be durable.
@@ -222,6 +245,15 @@ impl Archive {
         }
     }
 
+    /// The records of a session since it began, those that were taken back too, but for damaged ones.
+    pub async fn records(&self, tenant: &Tenant, session: &SessionId) -> Result<Vec<Entry>, Error> {
+        let Some(head) = self.readable_head(tenant, session).await?.live else { return Ok(Vec::new()) };
+        let numbers = self.numbers(tenant, session, head.first - 1).await?;
+        let entries =
+            numbers.into_iter().map(|number| async move { skip_damaged(self.entry(tenant, session, number).await) });
+        stream::iter(entries).buffered(AT_ONCE).try_filter_map(async |entry| Ok(entry)).try_collect().await
+    }
+
     /// The numbers of a session's records after `after`, ascending.
     pub(super) async fn numbers(&self, tenant: &Tenant, session: &SessionId, after: u64) -> Result<Vec<u64>, Error> {
         let after = format!("{after:0DIGITS$}");
@@ -236,7 +268,7 @@ impl Archive {
     pub(super) async fn entry(&self, tenant: &Tenant, session: &SessionId, turn: u64) -> Result<Option<Entry>, Error> {
         let key = turn_key(tenant, session, turn);
         let Some(bytes) = self.store.get(&key).await? else { return Ok(None) };
-        record::decode(&bytes, turn).map(Some).map_err(|e| damaged(&key, e))
+        record::decode(&key, &bytes, turn).map(Some).map_err(|e| damaged(&key, e))
     }
 
     async fn put(&self, tenant: &Tenant, session: &SessionId, entry: &Entry) -> Result<Put, Error> {
@@ -244,7 +276,7 @@ impl Archive {
         if entry.turn >= 10u64.pow(DIGITS as u32) {
             return Err(Error::Unfit { key, why: format!("a turn number has at most {DIGITS} digits") });
         }
-        let put = self.store.put_if_absent(&key, Bytes::from(record::encode(entry))).await?;
+        let put = self.store.put_if_absent(&key, Bytes::from(record::encode(&key, entry))).await?;
         self.hints.note(tenant, session, entry.turn);
         Ok(put)
     }

@@ -65,3 +65,36 @@ fn collect(value: &serde_json::Value, into: &mut Vec<String>) {
         _ => {}
     }
 }
+
+/// What programs are to tell apart they find in the document.
+#[test]
+fn every_error_code_is_documented() {
+    let document = rewake::api::openapi().to_yaml().expect("the document has only text keys");
+    let sources = ["api", "session"].map(|room| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src").join(room));
+    let (mut folders, mut codes) = (sources.to_vec(), Vec::new());
+    while let Some(folder) = folders.pop() {
+        for path in std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path()) {
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let source = std::fs::read_to_string(&path).expect("a source file");
+            let before_tests = source.split("#[cfg(test)]").next().unwrap_or_default();
+            for (opening, skipped) in
+                [("Wire::new(", 1), ("code: \"", 0), ("code: Some(\"", 0), ("Cow::Borrowed(\"", 0)]
+            {
+                for after in before_tests.split(opening).skip(1) {
+                    let code = after.split('"').nth(skipped).unwrap_or_default();
+                    if !code.is_empty() && code.bytes().all(|b| b.is_ascii_lowercase() || b == b'_') {
+                        codes.push(code.to_owned());
+                    }
+                }
+            }
+        }
+    }
+    codes.sort();
+    codes.dedup();
+    assert!(codes.len() > 30, "{codes:?}");
+    let missing: Vec<_> = codes.iter().filter(|code| !document.contains(&format!("`{code}`"))).collect();
+    assert!(missing.is_empty(), "nobody is told of {missing:?}");
+}

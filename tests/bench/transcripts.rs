@@ -100,6 +100,7 @@ fn request(messages: Vec<Message>) -> Turn {
         response_id: "chatcmpl-bench".into(),
         model: None,
         start: Start::Fresh,
+        anew: None,
         input: Input::Chat(messages),
         choices: 1,
         sampling: Sampling { temperature: 0.7, top_p: 0.9, ..Sampling::default() },

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use rewake::session::{PrefixLimits, Turn};
+use rewake::session::{PrefixLimits, Start, Turn};
 use rewake::state::{InMemory, Put, Store};
-use rewake::types::Tenant;
+use rewake::types::{SessionId, Tenant};
 
 use super::{Answer, LIMITS, Side, prompt, side, side_of};
 
@@ -128,4 +128,41 @@ async fn it_takes_no_more_than_its_room_and_adopts_no_more_than_that() {
     let less = on_disk(&disk, room / 4);
     less.sessions.prefix_settled().await;
     assert!(total().await <= room / 4 + 5 && disk.get("t/a/readme").await.expect("a store").is_some());
+}
+
+/// A turn of 1,400 tokens in a session.
+fn said(session: &str, n: usize) -> Turn {
+    let start = Start::Session { id: SessionId::parse(session).expect("a name"), if_match: None };
+    Turn { start, store: true, ..text(n) }
+}
+
+#[tokio::test]
+async fn what_a_deleted_session_read_is_found_nowhere() {
+    for bytes in [FEW, 1 << 30] {
+        let disk = Arc::new(InMemory::default());
+        let limits = PrefixLimits { bytes, disk_bytes: 1 << 30, ..PrefixLimits::default() };
+        let side = side_of(&limits, LIMITS, Some(disk.clone()));
+        answer(&side, of("local", text(50))).await;
+        side.sessions.prefix_settled().await;
+        let others = files(&disk).await;
+        for n in [1, 2, 3] {
+            answer(&side, said("secret", n)).await;
+        }
+        let id = SessionId::parse("secret").expect("a name");
+        side.sessions.delete_session(&Tenant::local(), &id).await.expect("it is there");
+        side.sessions.prefix_settled().await;
+        // What others read is not given up for it.
+        assert!(answer(&side, of("local", text(50))).await.cached > 700, "{bytes} bytes");
+        side.sessions.drain();
+        side.sessions.finish(std::time::Duration::from_secs(60)).await;
+        // All that was in memory is on disk now. What continued states has folders of its own: there is none of it.
+        let left = files(&disk).await;
+        let folder = |key: &str| key.rsplit_once('/').expect("a folder").0.to_owned();
+        assert!(!left.is_empty() && left.iter().all(|(key, _)| folder(key) == folder(&left[0].0)), "{left:?}");
+        assert!(others.iter().all(|(key, _)| folder(key) == folder(&left[0].0)));
+        let later = on_disk(&disk, 1 << 30);
+        later.sessions.prefix_settled().await;
+        assert!(answer(&later, of("local", text(50))).await.cached > 700);
+        assert!(answer(&later, of("local", text(1))).await.cached < 200, "it shares its beginning with others only");
+    }
 }

@@ -520,3 +520,63 @@ async fn a_damaged_response_or_conversation_is_told_by_its_name_and_can_be_delet
     let sessions = client.get("/v1/sessions").await;
     assert_eq!(sessions.json()["data"], json!([]), "{}", sessions.text);
 }
+
+/// What two have in each other's place is nobody's: a file that was renamed must not show one's words to the other.
+#[tokio::test]
+async fn records_in_each_other_s_place_are_damaged() {
+    let (_server, client, folder) = on_disk().await;
+    let mut conversations = Vec::new();
+    for secret in ["Alice", "Bob"] {
+        let items = json!([{"role": "user", "content": format!("I am {secret}.")}]);
+        let begun = client.ok("/v1/conversations", json!({ "items": items })).await.json();
+        conversations.push(begun["id"].as_str().expect("an id").to_owned());
+        client.ok(COMPLETIONS, turn(secret, secret)).await;
+    }
+    let swap = |[one, other]: [PathBuf; 2]| {
+        let aside = folder.path().join("aside");
+        for (from, to) in [(&one, &aside), (&other, &one), (&aside, &other)] {
+            std::fs::rename(from, to).expect("both are there");
+        }
+    };
+    swap([0, 1].map(|n| folder.path().join("t/local/conversations").join(&conversations[n]).join("000000000000")));
+    for id in &conversations {
+        for path in [format!("/v1/conversations/{id}"), format!("/v1/conversations/{id}/items")] {
+            let reply = client.get(&path).await;
+            assert_eq!(reply.code(), "conversation_damaged", "{}", reply.text);
+        }
+    }
+    swap(["Alice", "Bob"].map(|name| folder.path().join("t/local/sessions").join(name).join("000000000001")));
+    for name in ["Alice", "Bob"] {
+        assert_eq!(client.get(&format!("/v1/sessions/{name}")).await.code(), "session_damaged");
+        assert_eq!(client.delete(&format!("/v1/sessions/{name}")).await.status, 200);
+    }
+    for id in &conversations {
+        assert_eq!(client.delete(&format!("/v1/conversations/{id}")).await.status, 200);
+    }
+}
+
+/// A stored response is its messages too: a state of it that is damaged costs the time to read them.
+#[tokio::test]
+async fn a_response_outlives_its_state() {
+    let (_server, client, folder) = on_disk().await;
+    let responses = "/v1/responses";
+    let ask = |more: Value| with(json!({"input": "A cat", "temperature": 0, "max_output_tokens": 9}), more);
+    let first = client.ok(responses, ask(json!({"instructions": "Be kind."}))).await.json();
+    let on = |more: Value| with(ask(json!({"previous_response_id": first["id"]})), more);
+    let words = |response: &Value| response["output"][0]["content"][0]["text"].as_str().expect("text").to_owned();
+    let expected = client.ok(responses, on(json!({"input": "And?"}))).await.json();
+    let file = find(folder.path(), first["state"]["id"].as_str().expect("a state"));
+    let good = std::fs::read(&file).expect("a file");
+    for at in [9, 300, 100_000, usize::MAX] {
+        flip(&file, at);
+        let reply = client.ok(responses, on(json!({"input": "And?"}))).await.json();
+        assert_eq!(
+            (words(&reply), &reply["usage"]["input_tokens"]),
+            (words(&expected), &expected["usage"]["input_tokens"])
+        );
+        // Its answer was cut, and where is not in its words.
+        let refused = client.post(responses, on(json!({"input": []}))).await;
+        assert_eq!((refused.status, &refused.error()["param"]), (400, &json!("previous_response_id")), "byte {at}");
+        std::fs::write(&file, &good).expect("the file");
+    }
+}

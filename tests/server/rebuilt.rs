@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rewake::config::Config;
-use rewake::state::{Archive, InMemory, Local};
+use rewake::state::{Archive, InMemory, Local, Store};
 use rewake::types::{SessionId, Snapshot, StateId, Tenant};
 use serde_json::{Value, json};
 
@@ -261,4 +261,72 @@ async fn a_key_whose_turn_still_runs_is_to_be_asked_for_again() {
     let other = client.post_with(COMPLETIONS, &[("idempotency-key", "l")], body).await;
     assert_eq!((other.code().as_str(), other.header("x-should-retry")), ("session_busy", Some("false")));
     drop(running);
+}
+
+/// A file that is gone, or is damaged to its first byte, with no mark of why.
+#[tokio::test]
+async fn a_state_that_was_lost_is_found_by_its_id_in_the_log() {
+    let whole = Server::new().client();
+    let store = Arc::new(InMemory::default());
+    // What is lost shall not be found again in memory.
+    let client = Server::with(&crate::server::forgetful(config()), store.clone()).client();
+    let lose = async |state: &str| {
+        assert!(store.delete(&format!("t/local/states/{state}")).await.expect("a store"), "{state} was there");
+    };
+    for n in 0..40 {
+        client.ok(COMPLETIONS, json!({"prompt": "x", "max_tokens": 1, "session_id": format!("other-{n}")})).await;
+    }
+    let (mut expected, mut states) = (Vec::new(), Vec::new());
+    for turn in &script() {
+        expected.push(say(&whole, "s", turn).await.state_id());
+        states.push(say(&client, "s", turn).await.state_id());
+    }
+    client.ok("/v1/sessions/s/fork", json!({"to": "forked", "at": 5})).await;
+    client.ok("/v1/sessions/s/rewind", json!({"at": 3})).await;
+    say(&client, "s", &script()[3]).await;
+    let told: Vec<String> = {
+        let mut told = Vec::new();
+        for state in &states {
+            told.push(client.get(&format!("/v1/states/{state}")).await.text);
+        }
+        told
+    };
+    let go_on = |state: &str| {
+        with(rules(), json!({"prompt": " And", "state_id": state, "max_tokens": 9, "store_state": false}))
+    };
+    for (n, state) in states.iter().enumerate() {
+        lose(state).await;
+        if n % 2 == 1 {
+            let junk = bytes::Bytes::from_static(b"no safetensors file");
+            store.put_if_absent(&format!("t/local/states/{state}"), junk).await.expect("a store");
+        }
+        let shown = client.get(&format!("/v1/states/{state}")).await;
+        assert_eq!((shown.status, &shown.text), (200, &told[n]), "turn {}", n + 1);
+        let reply = client.ok(COMPLETIONS, go_on(state)).await;
+        assert_eq!(reply.answer(), whole.ok(COMPLETIONS, go_on(&expected[n])).await.answer(), "turn {}", n + 1);
+        assert!(memory(&store, state).await.is_some(), "it is stored again");
+    }
+    // What a client deletes stays so, though it was lost before or is lost after.
+    for (state, before) in [(&states[0], true), (&states[1], false)] {
+        if before {
+            lose(state).await;
+        }
+        assert_eq!(client.delete(&format!("/v1/states/{state}")).await.status, 200);
+        for reply in [
+            client.get(&format!("/v1/states/{state}")).await,
+            client.delete(&format!("/v1/states/{state}")).await,
+            client.post(COMPLETIONS, go_on(state)).await,
+        ] {
+            assert_eq!(reply.code(), "state_not_found");
+        }
+    }
+    // And what went with its session, but for what a fork has.
+    assert_eq!(client.delete("/v1/sessions/s").await.status, 200);
+    lose(&states[3]).await;
+    let reply = client.ok(COMPLETIONS, go_on(&states[3])).await;
+    assert_eq!(reply.answer(), whole.ok(COMPLETIONS, go_on(&expected[3])).await.answer());
+    assert_eq!(client.post(COMPLETIONS, go_on(&states[8])).await.code(), "state_not_found");
+    // Nobody's is not found, and looked for in no other's sessions.
+    let unknown = StateId::new(1_700_000_000_000, 7).to_string();
+    assert_eq!(client.post(COMPLETIONS, go_on(&unknown)).await.code(), "state_not_found");
 }

@@ -15,18 +15,18 @@ use crate::with;
 
 // Answers that must not end by themselves ban the end of the document and the line break, of which two end an answer.
 
-const RESPONSES: &str = "/v1/responses";
+pub const RESPONSES: &str = "/v1/responses";
 
-fn ask(input: &str) -> Value {
+pub fn ask(input: &str) -> Value {
     json!({"input": input, "temperature": 0, "max_output_tokens": 12})
 }
 
 /// The text of a response.
-fn text(response: &Value) -> String {
+pub fn text(response: &Value) -> String {
     response["output"][0]["content"][0]["text"].as_str().unwrap_or_else(|| panic!("no text: {response}")).to_owned()
 }
 
-fn id(response: &Value) -> String {
+pub fn id(response: &Value) -> String {
     response["id"].as_str().unwrap_or_else(|| panic!("no id: {response}")).to_owned()
 }
 
@@ -351,14 +351,14 @@ async fn a_response_can_be_polled_at_another_server() {
 }
 
 /// Roles and texts of a conversation's items, oldest first.
-async fn said(client: &Client, conversation: &str) -> Vec<(String, String, String)> {
+pub async fn said(client: &Client, conversation: &str) -> Vec<(String, String, String)> {
     let list = client.get(&format!("/v1/conversations/{conversation}/items?order=asc&limit=100")).await.json();
     let items = list["data"].as_array().unwrap_or_else(|| panic!("no items: {list}")).iter();
     let field = |item: &Value, name: &str| item[name].as_str().expect("text").to_owned();
     items.map(|item| (field(item, "id"), field(item, "role"), field(&item["content"][0], "text"))).collect()
 }
 
-fn plain(items: &[(String, String, String)]) -> Vec<(&str, &str)> {
+pub fn plain(items: &[(String, String, String)]) -> Vec<(&str, &str)> {
     items.iter().map(|(_, role, text)| (role.as_str(), text.as_str())).collect()
 }
 

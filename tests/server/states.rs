@@ -293,3 +293,41 @@ async fn what_grows_with_the_text_is_taken_along_too() {
         }
     }
 }
+
+/// Whole, finite, laid out as it should be, and no model ever made it.
+#[tokio::test]
+async fn a_state_of_which_nothing_can_be_computed_is_to_blame_for_that() {
+    let server = Server::new();
+    let client = server.client();
+    let begun = client.ok(COMPLETIONS, with(rules(9), json!({"prompt": STORY, "store_state": true}))).await;
+    let file = download(&client, &begun.state_id()).await;
+    for huge in [f32::MAX, -f32::MAX, 1e30] {
+        let file = changed(&file, |snapshot| {
+            snapshot.memory.segments.iter_mut().for_each(|segment| segment.data.fill(huge));
+        });
+        let brought = upload(&client, file).await;
+        let id = brought.json()["id"].clone();
+        assert_eq!(brought.status, 200, "{}", brought.text);
+        for (path, body) in [
+            (COMPLETIONS, json!({"prompt": "x"})),
+            (COMPLETIONS, json!({"prompt": "x", "temperature": 0, "n": 2, "max_tokens": 3})),
+            (CHAT, json!({"messages": user("x")})),
+            (STATES, json!({"prompt": "x and more"})),
+        ] {
+            let refused = client.post(path, with(body, json!({"state_id": id}))).await;
+            let error = refused.error();
+            assert_eq!(
+                (refused.status, &error["code"], &error["param"]),
+                (400, &json!("invalid_state"), &json!("state_id"))
+            );
+        }
+        let body = json!({"prompt": "x", "state_id": id});
+        let mut chunks = client.stream(COMPLETIONS, body).await;
+        let mut last = Value::Null;
+        while let Some(chunk) = chunks.next().await {
+            last = chunk;
+        }
+        assert_eq!(last["error"]["code"], "invalid_state", "{last}");
+    }
+    client.ok(COMPLETIONS, json!({"prompt": "x", "state_id": begun.state_id()})).await;
+}

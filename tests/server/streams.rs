@@ -275,6 +275,36 @@ async fn parking_lets_in_no_more_than_there_is_room_for() {
     panic!("{} at once, with room for two", readers.len());
 }
 
+/// A server that has less room than the one before it goes on with everything that one had let in, as there is room.
+#[tokio::test]
+async fn what_was_let_in_goes_on_where_there_is_less_room() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (config, states) = (folder.path().join("config.toml"), folder.path().join("states"));
+    let start = |seats: usize| {
+        std::fs::write(&config, format!("engine = {{ seats = {seats}, queue = 1 }}\n")).expect("it is written");
+        Process::start(&states, &["--config", &config.display().to_string()])
+    };
+    let rules = json!({"logit_bias": {"0": -100}, "temperature": 1, "max_tokens": 120, "detach": true});
+    let requests = [4, 1, 3].map(|n| with(rules.clone(), json!({"prompt": format!("{n} dogs"), "n": n, "seed": n})));
+    let server = start(8);
+    let client = server.client();
+    let mut begun = Vec::new();
+    for body in &requests {
+        let mut stream = client.stream(COMPLETIONS, body.clone()).await;
+        begun.push(stream.next().await.expect("a chunk")["id"].as_str().expect("an id").to_owned());
+    }
+    server.kill_9();
+    // One seat and one place in the queue, for up to eight answers.
+    let server = start(1);
+    let client = server.client();
+    for (body, id) in requests.iter().zip(begun) {
+        let choices = body["n"].as_u64().expect("a number") as usize;
+        let all = client.resume(&id, None).await.expect("it goes on").all().await;
+        let undisturbed = Server::shared().client().stream(COMPLETIONS, body.clone()).await.all().await;
+        assert_eq!(answers(&all, choices), answers(&undisturbed, choices));
+    }
+}
+
 #[tokio::test]
 async fn a_session_goes_back_though_a_response_waits_for_its_reader() {
     let client = Server::shared().client();

@@ -170,6 +170,9 @@ impl World {
             let s = name(*s);
             let head = self.archive().head(&a, &s).await.unwrap().live.expect("it lives");
             assert_eq!((head.depth, head.record.seed), (told.turns.len() as u64, *told.turns.last().unwrap()));
+            // A server that has seen nothing yet sees the same.
+            let cold = Archive::new(self.store.clone()).head(&a, &s).await.unwrap().live;
+            assert_eq!(cold.as_ref(), Some(&head));
             let all = self.archive().turns(&a, &s, 0, 99).await.unwrap().unwrap();
             let seeds: Vec<u64> = all.data.iter().map(|entry| entry.record.seed).collect();
             assert_eq!((&seeds, all.has_more), (&told.turns, false));

@@ -303,3 +303,57 @@ async fn a_head_that_another_server_moved_is_found() {
         assert_eq!((head.last, head.depth()), (12, 1));
     }
 }
+
+/// A session of so many turns, made by nobody's process; what the first look at it asks the store.
+async fn asked_at_first(turns: u64, act: impl AsyncFn(&Archive, &SessionId)) -> Vec<Op> {
+    let store = Arc::new(Recording::new(InMemory::default()));
+    let (a, s) = (tenant("a"), session("s"));
+    let archive = Archive::new(store.clone());
+    let mut head = archive.head(&a, &s).await.unwrap();
+    for n in 1..=turns {
+        let entry = head.turn(turn(n));
+        assert_eq!(archive.commit_entry(&a, &s, &entry).await.unwrap(), Commit::Committed);
+        head.last = n;
+        head.live = Some(entry);
+    }
+    store.forget();
+    act(&Archive::new(store.clone()), &s).await;
+    store.log()
+}
+
+#[tokio::test]
+async fn the_first_look_at_a_session_does_not_grow_with_it() {
+    let listed =
+        |log: &[Op]| log.iter().filter(|op| matches!(op, Op::Listed(folder) if folder.ends_with("/s"))).count();
+    for turns in [1, 7, 300, 20_000] {
+        let look = asked_at_first(turns, async |archive, s| {
+            assert_eq!(archive.head(&tenant("a"), s).await.unwrap().last, turns);
+        });
+        let log = look.await;
+        assert_eq!(listed(&log), 0, "{turns} turns");
+        assert!(log.len() <= 110, "{turns} turns: {}", log.len());
+        let fork = asked_at_first(turns, async |archive, s| {
+            assert_eq!(fork_at(archive, s, turns, &session("t")).await, Commit::Committed);
+        });
+        let log = fork.await;
+        assert_eq!(listed(&log), 0, "{turns} turns");
+        assert!(log.len() <= 160, "{turns} turns: {}", log.len());
+    }
+}
+
+#[tokio::test]
+async fn a_record_that_was_lost_does_not_end_its_session() {
+    for turns in [2, 3, 9, 65] {
+        for lost in 1..turns {
+            let (store, archive) = in_memory();
+            let (a, s) = (tenant("a"), session("s"));
+            for n in 1..=turns {
+                let head = archive.head(&a, &s).await.unwrap();
+                assert_eq!(archive.commit(&a, &s, &head, &turn(n)).await.unwrap(), Commit::Committed);
+            }
+            assert!(store.delete(&format!("t/a/sessions/s/{lost:012}")).await.unwrap());
+            let head = Archive::new(store).head(&a, &s).await.unwrap();
+            assert_eq!((head.last, head.depth()), (turns, turns), "record {lost} is lost");
+        }
+    }
+}

@@ -179,6 +179,7 @@ impl Generation {
             tenant: head.caller.tenant,
             model: self.model,
             start,
+            anew: None,
             input: part.input,
             choices,
             max_tokens: part.max_tokens,

@@ -127,6 +127,7 @@ pub struct StoredState {
 /// Why a state was not stored.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct StateProblem {
+    /// `state_store_failed`, `state_quota_exceeded`, or `invalid_state`: it has numbers that are not finite.
     pub code: String,
     pub message: String,
 }

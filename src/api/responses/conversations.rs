@@ -11,6 +11,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::item::{self, Given, GivenItem};
+use super::reference::resolve;
 use super::{Item, ItemsQuery, items};
 use crate::api::extract::{JsonBody, Name, Names, Query};
 use crate::api::list::{Deleted, List};
@@ -19,6 +20,7 @@ use crate::api::refusals::Refusals;
 use crate::api::{App, Caller, Error};
 use crate::session::{Conversation, Listing, StoredItem};
 use crate::telemetry::clock;
+use crate::types::Tenant;
 
 /// Items that can be added at once.
 const MOST_ITEMS: usize = 20;
@@ -45,7 +47,7 @@ impl ConversationObject {
 /// What a conversation begins with.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct ConversationRequest {
-    /// Messages, at most 20.
+    /// Messages, or items of stored responses by their ids; at most 20.
     #[schema(value_type = Option<Vec<GivenItem>>)]
     items: Option<Vec<Value>>,
     /// At most 16 pairs; names of 64 and values of 512 characters.
@@ -63,7 +65,7 @@ pub struct MetadataRequest {
 /// What is added to a conversation.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct ItemsRequest {
-    /// Messages, 1 to 20.
+    /// Messages, or items by their ids; 1 to 20.
     #[schema(value_type = Vec<GivenItem>, required = true)]
     items: Option<Vec<Value>>,
 }
@@ -74,15 +76,22 @@ fn read<T: DeserializeOwned>(body: &JsonBody) -> Result<(T, Vec<String>), Error>
     Ok((request, others.into_keys().collect()))
 }
 
-/// Checks the items that are given and adds the names of their fields that nobody knows to `ignored`.
-fn read_items(given: Vec<Value>, ignored: &mut Vec<String>) -> Result<Vec<StoredItem>, Error> {
+/// Checks the items that are given for a conversation, which may name some that are there, and adds the names of their fields
+/// that nobody knows to `ignored`; a server that is strict refuses these.
+async fn read_items(
+    (app, tenant): (&App, &Tenant),
+    conversation: Option<&str>,
+    given: Vec<Value>,
+    mut ignored: Vec<String>,
+) -> Result<(Vec<StoredItem>, Ignored), Error> {
     if given.len() > MOST_ITEMS {
         return Err(Error::invalid("items", format!("{} items are more than {MOST_ITEMS}", given.len())));
     }
     let prefix = format!("msg_{:032x}", clock::random_u128());
     let (items, unread) = item::read(Given::Items(given), "items", &prefix)?;
     ignored.extend(unread);
-    Ok(items)
+    let ignored = app.ignored(ignored)?;
+    Ok((resolve(app, tenant, conversation, items).await?, ignored))
 }
 
 /// Begin a conversation.
@@ -98,9 +107,9 @@ pub async fn create_conversation(
     caller: Caller,
     body: JsonBody,
 ) -> Result<(Ignored, Json<ConversationObject>), Error> {
-    let (ConversationRequest { items, metadata: pairs }, mut ignored) = read(&body)?;
-    let items = read_items(items.unwrap_or_default(), &mut ignored)?;
-    let (pairs, ignored) = (metadata(pairs)?, app.ignored(ignored)?);
+    let (ConversationRequest { items, metadata: pairs }, ignored) = read(&body)?;
+    let pairs = metadata(pairs)?;
+    let (items, ignored) = read_items((&app, &caller.tenant), None, items.unwrap_or_default(), ignored).await?;
     let (id, conversation) = app.sessions.create_conversation(&caller.tenant, pairs, items).await?;
     Ok((ignored, Json(ConversationObject::new(id, conversation))))
 }
@@ -196,12 +205,12 @@ pub async fn create_items(
     Name(id): Name,
     body: JsonBody,
 ) -> Result<(Ignored, Json<List<Item>>), Error> {
-    let (ItemsRequest { items }, mut ignored) = read(&body)?;
-    let items = read_items(items.unwrap_or_default(), &mut ignored)?;
-    if items.is_empty() {
+    let (ItemsRequest { items }, ignored) = read(&body)?;
+    let given = items.unwrap_or_default();
+    if given.is_empty() {
         return Err(Error::invalid("items", "`items` must have at least one"));
     }
-    let ignored = app.ignored(ignored)?;
+    let (items, ignored) = read_items((&app, &caller.tenant), Some(&id), given, ignored).await?;
     app.sessions.add_items(&caller.tenant, &id, items.clone()).await?;
     Ok((ignored, Json(List::new(Listing { data: items, has_more: false }))))
 }

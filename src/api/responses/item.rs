@@ -23,7 +23,8 @@ pub enum Given {
 /// A message that a client gives.
 #[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
 pub struct GivenItem {
-    /// `message`, which is also meant when this is left out; no other kind is supported.
+    /// `message`, or `item_reference`: what has the same `id`, in the conversation or in any stored response, is meant, and
+    /// only that `id` is given. Left out, it is a message unless there is nothing but an `id`.
     #[serde(rename = "type")]
     pub kind: Option<String>,
     /// `user`, `system` (or `developer`) or `assistant`.
@@ -31,7 +32,7 @@ pub struct GivenItem {
     /// A text, or parts of type `input_text`, `output_text` or `text`, which are joined by line breaks.
     #[schema(value_type = Option<Object>)]
     pub content: Option<Value>,
-    /// Accepted without effect, as in an item that is given back.
+    /// Of what an `item_reference` means; otherwise accepted without effect, as in an item that is given back.
     pub id: Option<String>,
     /// Accepted without effect.
     pub status: Option<String>,
@@ -96,12 +97,24 @@ impl From<StoredItem> for Item {
     }
 }
 
+/// An item that was read.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Brought {
+    Message(StoredItem),
+    /// The item of this id, named at this place of the request. `own` is what it is called where that id is taken.
+    Reference {
+        at: String,
+        id: String,
+        own: String,
+    },
+}
+
 /// Reads what was given; `at` is the field it stands in. Ids begin with `prefix`. Also returns the fields nobody reads.
-pub fn read(given: Given, at: &str, prefix: &str) -> Result<(Vec<StoredItem>, Vec<String>), Error> {
+pub fn read(given: Given, at: &str, prefix: &str) -> Result<(Vec<Brought>, Vec<String>), Error> {
     let items = match given {
         Given::Text(text) => {
             let item = StoredItem { id: format!("{prefix}000"), role: "user".into(), text, complete: true };
-            return Ok((vec![item], Vec::new()));
+            return Ok((vec![Brought::Message(item)], Vec::new()));
         }
         Given::Items(items) => items,
     };
@@ -137,8 +150,21 @@ fn invalid_type(at: &str, why: &str) -> Error {
 }
 
 impl GivenItem {
-    fn check(self, at: &str, id: String) -> Result<StoredItem, Error> {
-        let kind = self.kind.as_deref().unwrap_or("message");
+    fn check(self, at: &str, own: String) -> Result<Brought, Error> {
+        let says_nothing = self.role.is_none() && self.content.is_none();
+        let kind = match self.kind.as_deref() {
+            None if says_nothing && self.id.is_some() => "item_reference",
+            kind => kind.unwrap_or("message"),
+        };
+        if kind == "item_reference" {
+            let Some(id) = self.id.filter(|_| says_nothing) else {
+                return Err(Error::invalid(
+                    format!("{at}.id"),
+                    format!("`{at}`: an `item_reference` has an `id` and nothing else"),
+                ));
+            };
+            return Ok(Brought::Reference { at: format!("{at}.id"), id, own });
+        }
         if kind != "message" {
             let message = format!("`{at}.type`: items of the type `{kind}` are not supported by this server yet");
             return Err(Error::unsupported(format!("{at}.type"), message));
@@ -149,7 +175,7 @@ impl GivenItem {
             return Err(Error::invalid(format!("{at}.role"), message));
         }
         let text = text(self.content.unwrap_or_default(), &format!("{at}.content"))?;
-        Ok(StoredItem { id, role, text, complete: true })
+        Ok(Brought::Message(StoredItem { id: own, role, text, complete: true }))
     }
 }
 
@@ -180,7 +206,11 @@ mod tests {
 
     fn given(value: Value) -> Result<Vec<(String, String)>, Error> {
         let given: Given = serde_json::from_value(value).expect("a text or a list");
-        Ok(read(given, "input", "msg_1")?.0.into_iter().map(|item| (item.role, item.text)).collect())
+        let read = |item| match item {
+            Brought::Message(item) => (item.role, item.text),
+            Brought::Reference { id, .. } => ("".into(), id),
+        };
+        Ok(super::read(given, "input", "msg_1")?.0.into_iter().map(read).collect())
     }
 
     #[test]
@@ -195,8 +225,10 @@ mod tests {
             {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]},
             {"type": "message", "id": "msg_0", "status": "completed", "role": "assistant",
              "content": [{"type": "output_text", "text": "c", "annotations": []}]},
+            {"type": "item_reference", "id": "msg_7"},
+            {"id": "msg_8"},
         ]);
-        let expected = [("developer", "Be kind."), ("user", "a\nb"), ("assistant", "c")];
+        let expected = [("developer", "Be kind."), ("user", "a\nb"), ("assistant", "c"), ("", "msg_7"), ("", "msg_8")];
         assert_eq!(given(items).unwrap(), expected.map(|(role, text)| (role.to_owned(), text.to_owned())));
     }
 
@@ -210,6 +242,9 @@ mod tests {
             (json!({"role": "user", "content": [{"type": "input_image"}]}), "input[0].content[0].type"),
             (json!({"role": "user", "content": [{"type": "input_text"}]}), "input[0].content[0].text"),
             (json!({"role": 1}), "input[0]"),
+            (json!({}), "input[0].role"),
+            (json!({"type": "item_reference"}), "input[0].id"),
+            (json!({"type": "item_reference", "id": "msg_7", "content": "x"}), "input[0].id"),
             (json!("hi"), "input[0]"),
         ] {
             match given(json!([item])) {

@@ -4,6 +4,7 @@ pub mod conversations;
 mod item;
 mod object;
 mod place;
+mod reference;
 mod request;
 
 use std::sync::Arc;

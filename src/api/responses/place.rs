@@ -1,14 +1,15 @@
 //! Where a response begins: nowhere, at another one's state, at a conversation's head, or at their messages read anew.
 
 use super::item;
-use super::object::Ask;
+use super::object::{Ask, output_id};
+use super::reference::resolve;
 use super::request::Checked;
 use crate::api::openai::Head;
 use crate::api::openai::form::Form;
-use crate::api::openai::generation::{Order, Part};
+use crate::api::openai::generation::{Generation, Order, Part};
 use crate::api::{App, Error};
-use crate::session::{self, Event, Input, ModelCard, Running, SoFar, StoredItem};
-use crate::types::{Message, Role, SessionId, StateId, Tenant};
+use crate::session::{self, Anew, Event, Input, ModelCard, Running, SoFar, StoredItem};
+use crate::types::{Finish, Message, Role, SessionId, StateId, Tenant};
 
 /// A chain of responses is followed no further.
 const LONGEST_CHAIN: usize = 10_000;
@@ -23,21 +24,56 @@ pub struct Begun {
     pub ignored: Vec<String>,
 }
 
-/// Finds where a response begins, and begins it.
+/// Finds where a response begins, and begins it. Nothing is written before all of the request is known to be right.
 pub async fn begin(app: &App, checked: Checked, head: Head, card: &ModelCard) -> Result<Begun, Error> {
-    let Checked { mut generation, mut ask, ignored } = checked;
+    let Checked { generation, mut ask, items, ignored } = checked;
     if head.if_match.is_some() {
         return Err(Error::invalid("if-match", "`If-Match` has no meaning here: a conversation's head is not shown"));
     }
-    let Place { state_id, session_id, if_match, messages } = place(app, &head.caller.tenant, &mut ask).await?;
+    ask.items = resolve(app, &head.caller.tenant, ask.conversation.as_deref(), items).await?;
+    if ask.items.last().is_some_and(|item| item.role == "assistant") {
+        let why = "the last message is the assistant's: beginning the answer for it is not supported yet";
+        return Err(Error::unsupported("input", why));
+    }
+    let mut lost = false;
+    loop {
+        let mut ask = ask.clone();
+        let place = place(app, &head.caller.tenant, &mut ask, lost).await?;
+        let from_state = place.state_id.is_some();
+        let Order { turn, stream, ignored } = order(
+            app,
+            card,
+            Parts { generation: generation.clone(), ask: &ask, head: head.clone(), place, ignored: ignored.clone() },
+        )?;
+        match app.sessions.start(turn).await {
+            Ok(running) => return Ok(Begun { running, ask, stream: stream.is_some(), ignored }),
+            // Its messages are still there.
+            Err(session::Error::StateNotFound(_) | session::Error::StateDamaged(..)) if from_state => lost = true,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// What a turn is put together from.
+struct Parts<'a> {
+    generation: Generation,
+    ask: &'a Ask,
+    head: Head,
+    place: Place,
+    ignored: Vec<String>,
+}
+
+fn order(app: &App, card: &ModelCard, parts: Parts) -> Result<Order, Error> {
+    let Parts { mut generation, ask, head, place, ignored } = parts;
+    let Place { state_id, session_id, if_match, messages, anew } = place;
     generation.store_state = session_id.is_none().then_some(ask.store);
     (generation.state_id, generation.session_id) = (state_id.map(String::from), session_id.map(String::from));
     let form = Form::Response(Box::new(ask.clone())).text();
     let (max_tokens, keep) = (ask.max_output_tokens, ask.store);
     let part = Part { input: Input::Chat(messages), max_tokens, prefix: "resp_", ignored, form, keep };
-    let Order { turn, stream, ignored } = generation.order(part, Head { if_match, ..head }, app.rules(card))?;
-    let running = app.sessions.start(turn).await?;
-    Ok(Begun { running, ask, stream: stream.is_some(), ignored })
+    let mut order = generation.order(part, Head { if_match, ..head }, app.rules(card))?;
+    order.turn.anew = anew;
+    Ok(order)
 }
 
 /// Where a response begins, and what it has to read.
@@ -48,12 +84,14 @@ struct Place {
     /// The conversation's head when its messages were put together.
     if_match: Option<StateId>,
     messages: Vec<Message>,
+    /// What becomes of the conversation before.
+    anew: Option<Anew>,
 }
 
-/// Finds where a response begins; its effective instructions are known then.
-async fn place(app: &App, tenant: &Tenant, ask: &mut Ask) -> Result<Place, Error> {
+/// Finds where a response begins; its effective instructions are known then. `lost`: the state of the one before it is.
+async fn place(app: &App, tenant: &Tenant, ask: &mut Ask, lost: bool) -> Result<Place, Error> {
     if let Some(previous) = ask.previous.clone() {
-        return after(app, tenant, ask, &previous).await;
+        return after(app, tenant, ask, (&previous, lost)).await;
     }
     if let Some(id) = ask.conversation.clone() {
         return in_conversation(app, tenant, ask, &id).await;
@@ -71,10 +109,13 @@ fn with_instructions(instructions: Option<&str>, mut messages: Vec<Message>) -> 
 
 /// A stored response: what it was asked for, its answer, and the state it is kept as.
 pub struct Stored {
+    pub id: String,
     pub ask: Ask,
-    answer: String,
+    pub answer: String,
+    /// The answer was not cut.
+    pub complete: bool,
     state: Option<StateId>,
-    ended: bool,
+    pub ended: bool,
 }
 
 pub async fn stored(app: &App, tenant: &Tenant, id: &str) -> Result<Stored, Error> {
@@ -84,19 +125,22 @@ pub async fn stored(app: &App, tenant: &Tenant, id: &str) -> Result<Stored, Erro
     if !ask.store {
         return Err(unknown().into());
     }
-    let (mut answer, mut state) = (String::new(), None);
+    let mut stored = Stored { id: id.into(), ask: *ask, answer: String::new(), complete: false, state: None, ended };
     for event in events {
         match event {
-            Event::Text { text, .. } => answer.push_str(&text),
-            Event::Done { stored: Some(Ok(receipt)), .. } => state = Some(receipt.id),
-            Event::Done { .. } | Event::Failed(_) => {}
+            Event::Text { text, .. } => stored.answer.push_str(&text),
+            Event::Done { finish, stored: kept, .. } => {
+                stored.complete = finish == Finish::Stop;
+                stored.state = kept.and_then(Result::ok).map(|receipt| receipt.id);
+            }
+            Event::Failed(_) => {}
         }
     }
-    Ok(Stored { ask: *ask, answer, state, ended })
+    Ok(stored)
 }
 
-/// Goes on from a stored response: from its state, or, with other instructions or when that is gone, from its messages.
-async fn after(app: &App, tenant: &Tenant, ask: &mut Ask, previous: &str) -> Result<Place, Error> {
+/// Goes on from a stored response: from its state, or, with other instructions or when that is `lost`, from its messages.
+async fn after(app: &App, tenant: &Tenant, ask: &mut Ask, (previous, lost): (&str, bool)) -> Result<Place, Error> {
     let before = stored(app, tenant, previous).await?;
     let refuse = |why: &str| Err(Error::invalid("previous_response_id", format!("response `{previous}` {why}")));
     if !before.ended {
@@ -106,14 +150,9 @@ async fn after(app: &App, tenant: &Tenant, ask: &mut Ask, previous: &str) -> Res
     let messages = item::messages(&ask.items);
     if same {
         ask.effective.clone_from(&before.ask.effective);
-        if let Some(state) = &before.state
-            && is_there(app, tenant, state).await?
-        {
-            return Ok(Place { state_id: Some(state.clone()), messages, ..Place::default() });
+        if let Some(state) = before.state.clone().filter(|_| !lost) {
+            return Ok(Place { state_id: Some(state), messages, ..Place::default() });
         }
-    }
-    if before.ask.conversation.is_some() {
-        return refuse("belongs to a conversation: go on with that, or from its state, with the same instructions");
     }
     let mut all = transcript(app, tenant, before).await?;
     all.extend(messages);
@@ -123,45 +162,56 @@ async fn after(app: &App, tenant: &Tenant, ask: &mut Ask, previous: &str) -> Res
     Ok(Place { messages: with_instructions(ask.effective.as_deref(), all), ..Place::default() })
 }
 
-async fn is_there(app: &App, tenant: &Tenant, state: &StateId) -> Result<bool, Error> {
-    match app.sessions.state(tenant, state).await {
-        Ok(_) => Ok(true),
-        Err(session::Error::StateNotFound(_) | session::Error::StateDamaged(..)) => Ok(false),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// The messages of a chain of responses, the first one's first.
+/// The messages of a chain of responses, the first one's first. What was before a response of a conversation is there.
 async fn transcript(app: &App, tenant: &Tenant, last: Stored) -> Result<Vec<Message>, Error> {
     let mut turns = Vec::new();
     let mut next = Some(last);
-    while let Some(Stored { ask, answer, .. }) = next {
-        let previous = ask.previous.clone();
-        turns.push((item::messages(&ask.items), answer));
-        if ask.conversation.is_some() || turns.len() > LONGEST_CHAIN {
-            return Err(Error::invalid("previous_response_id", "its chain cannot be read again"));
+    while let Some(Stored { id, ask, answer, .. }) = next {
+        if turns.len() > LONGEST_CHAIN {
+            return Err(Error::invalid("previous_response_id", "its chain is too long to be read again"));
         }
-        next = match previous {
+        if let Some(conversation) = &ask.conversation {
+            turns.push(up_to(app, tenant, conversation, &id).await?);
+            break;
+        }
+        let mut messages = item::messages(&ask.items);
+        if !answer.is_empty() {
+            messages.push(Message { role: Role::Assistant, content: answer, name: None });
+        }
+        turns.push(messages);
+        next = match ask.previous {
             Some(id) => Some(stored(app, tenant, &id).await?),
             None => None,
         };
     }
-    let answer = |content| Message { role: Role::Assistant, content, name: None };
-    let turn = |(mut messages, said): (Vec<Message>, String)| {
-        if !said.is_empty() {
-            messages.push(answer(said));
-        }
-        messages
-    };
-    Ok(turns.into_iter().rev().flat_map(turn).collect())
+    Ok(turns.into_iter().rev().flatten().collect())
 }
 
-/// Goes on with a conversation.
+/// The messages of a conversation as it is now, up to the answer of a response.
+async fn up_to(app: &App, tenant: &Tenant, conversation: &str, response: &str) -> Result<Vec<Message>, Error> {
+    let gone = || {
+        let why =
+            format!("response `{response}` is not in its conversation any more, where what was said before it is");
+        Error::invalid("previous_response_id", why)
+    };
+    let items = match app.sessions.conversation(tenant, conversation).await {
+        Err(session::Error::ConversationNotFound(_)) => return Err(gone()),
+        conversation => conversation?.items,
+    };
+    let answer = output_id(response);
+    let end = items.iter().position(|item| item.id == answer).ok_or_else(gone)?;
+    Ok(item::messages(&items[..=end]))
+}
+
+/// Goes on with a conversation, which other instructions have read anew.
 async fn in_conversation(app: &App, tenant: &Tenant, ask: &mut Ask, id: &str) -> Result<Place, Error> {
-    let mut conversation = app.sessions.conversation(tenant, id).await?;
-    if ask.effective.is_some() && ask.effective != conversation.instructions {
-        conversation = app.sessions.begin_anew(tenant, id, ask.effective.clone()).await?;
-    }
+    let now = app.sessions.conversation(tenant, id).await?;
+    let (conversation, anew) = if ask.effective.is_some() && ask.effective != now.instructions {
+        let (conversation, anew) = now.anew(ask.effective.clone());
+        (conversation, Some(anew))
+    } else {
+        (now, None)
+    };
     ask.effective.clone_from(&conversation.instructions);
     let items: Vec<StoredItem> = conversation.unread().iter().chain(&ask.items).cloned().collect();
     let mut messages = item::messages(&items);
@@ -178,5 +228,5 @@ async fn in_conversation(app: &App, tenant: &Tenant, ask: &mut Ask, id: &str) ->
         messages = with_instructions(conversation.instructions.as_deref(), messages);
     }
     let (session_id, if_match) = (Some(conversation.session), conversation.head);
-    Ok(Place { session_id, if_match, messages, state_id: None })
+    Ok(Place { session_id, if_match, messages, anew, state_id: None })
 }

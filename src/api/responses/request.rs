@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::item::{self, Given};
+use super::item::{self, Brought, Given};
 use super::object::{Ask, output_id};
 use crate::api::Error;
 use crate::api::extract::JsonBody;
@@ -34,8 +34,8 @@ pub struct ResponseRequest {
 pub struct ResponseFields {
     /// A text, or messages; what is new when something goes on.
     pub input: Option<Given>,
-    /// A system message before everything. Together with `previous_response_id` or `conversation`: the same or none goes on
-    /// from the kept state; others have the stored messages read anew.
+    /// A system message before everything, in the place of any earlier one. Together with `previous_response_id` or
+    /// `conversation`: the same or none goes on from the kept state; with others the stored messages are read anew behind them.
     pub instructions: Option<String>,
     /// Go on from this stored response.
     pub previous_response_id: Option<String>,
@@ -74,7 +74,9 @@ const INCLUDABLE: [&str; 7] = [
 /// A checked request, but for where it begins.
 pub struct Checked {
     pub generation: Generation,
+    /// Without the items, of which some may only be named.
     pub ask: Ask,
+    pub items: Vec<Brought>,
     pub ignored: Vec<String>,
 }
 
@@ -121,10 +123,6 @@ impl ResponseRequest {
         if items.is_empty() && !goes_on {
             return Err(Error::invalid("input", "`input` may be empty only when something goes on"));
         }
-        if items.last().is_some_and(|item| item.role == "assistant") {
-            let why = "the last message is the assistant's: beginning the answer for it is not supported yet";
-            return Err(Error::unsupported("input", why));
-        }
         generation.detach = Some(background);
         let ask = Ask {
             effective: own.instructions.clone(),
@@ -141,9 +139,9 @@ impl ResponseRequest {
             user: own.user,
             safety_identifier: own.safety_identifier,
             prompt_cache_key: own.prompt_cache_key,
-            items,
+            items: Vec::new(),
         };
-        Ok(Checked { generation, ask, ignored })
+        Ok(Checked { generation, ask, items, ignored })
     }
 }
 
@@ -266,7 +264,7 @@ mod tests {
         });
         let checked = check(body).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(checked.ignored, ["odd"]);
-        assert!(checked.ask.store && checked.ask.items.len() == 1);
+        assert!(checked.ask.store && checked.items.len() == 1);
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod pickle;
 mod pth;
 mod safetensors;
 mod state_dict;
+mod unknown;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -185,8 +186,8 @@ struct Container {
 }
 
 impl Container {
-    fn read(file: &[u8]) -> Result<Self, String> {
-        let (format, places) = match file {
+    fn read(file: &File) -> Result<Self, String> {
+        let (format, places) = match &**file {
             _ if gguf::is_gguf(file) => {
                 let mut gguf = gguf::read(file)?;
                 let places = std::mem::take(&mut gguf.tensors);
@@ -194,7 +195,10 @@ impl Container {
             }
             _ if ggml::is_ggml(file) => (ggml::FORMAT, ggml::read(file)?.tensors),
             _ if pth::is_pth(file) => ("pth", pth::read(file)?),
-            _ => ("safetensors", safetensors::read(file)?),
+            _ => match unknown::explain(&file.path, file) {
+                Some(why) => return Err(why),
+                None => ("safetensors", safetensors::read(file)?),
+            },
         };
         Ok(Self { format, places, gguf: None })
     }

@@ -15,10 +15,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 
+use super::forget::{Forgotten, Way};
 use super::ledger::{Beginnings, Label, Ledger, Mark};
 use super::shelf::{Gone, Was};
 use super::{Model, Source};
-use crate::engine::ARITHMETIC;
+use crate::engine::arithmetic;
 use crate::state::{self, Damaged, Error, Put, Store, fits};
 use crate::telemetry::{clock, metrics};
 use crate::types::{Memory, Pending, Snapshot, SnapshotHead, StateId, Tenant};
@@ -40,14 +41,21 @@ pub(super) struct Disk {
     store: Arc<dyn Store>,
     ledger: Mutex<Ledger>,
     /// To the task that writes.
-    filing: mpsc::UnboundedSender<Gone>,
+    filing: mpsc::UnboundedSender<Task>,
     /// What that has still to do: bytes to be written, or anything else.
     due: watch::Sender<Due>,
+}
+
+/// One after the other, so that what is forgotten is not written by what was to be written before.
+enum Task {
+    Write(Gone),
+    Forget(Tenant, Forgotten),
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Due {
     survey: bool,
+    forgets: u64,
     states: u64,
     bytes: u64,
 }
@@ -67,11 +75,19 @@ impl Disk {
                 disk.due.send_modify(|due| due.survey = false);
             }
             // Nothing is written before all is known, so that the bound holds at any time.
-            while let Some(gone) = arrivals.recv().await {
+            while let Some(task) = arrivals.recv().await {
                 let Some(disk) = weak.upgrade() else { return };
-                let bytes = gone.memory.bytes();
-                disk.write_now(gone).await;
-                disk.due.send_modify(|due| (due.states, due.bytes) = (due.states - 1, due.bytes - bytes));
+                match task {
+                    Task::Write(gone) => {
+                        let bytes = gone.memory.bytes();
+                        disk.write_now(gone).await;
+                        disk.due.send_modify(|due| (due.states, due.bytes) = (due.states - 1, due.bytes - bytes));
+                    }
+                    Task::Forget(tenant, forgotten) => {
+                        disk.forget_now(&tenant, &forgotten).await;
+                        disk.due.send_modify(|due| due.forgets -= 1);
+                    }
+                }
             }
         });
         disk
@@ -91,9 +107,40 @@ impl Disk {
             taken
         });
         // The task ends with the process.
-        if !taken || self.filing.send(gone).is_err() {
+        if !taken || self.filing.send(Task::Write(gone)).is_err() {
             metrics::prefix_disk_lost();
         }
+    }
+
+    /// Removes what was deleted, when all that was taken before is written. Waits for nothing.
+    pub fn forget(&self, tenant: Tenant, forgotten: Forgotten) {
+        self.due.send_modify(|due| due.forgets += 1);
+        if self.filing.send(Task::Forget(tenant, forgotten)).is_err() {
+            tracing::warn!("what was deleted could not be removed from the disk's states of texts");
+        }
+    }
+
+    async fn forget_now(&self, tenant: &Tenant, Forgotten { roots, ways }: &Forgotten) {
+        let mut gone = Vec::new();
+        {
+            let ledger = self.ledger();
+            for root in roots {
+                gone.extend(ledger.all(tenant, Mark::of_root(root, arithmetic())));
+            }
+            for Way { root, ids, shared } in ways {
+                let root = Mark::of_root(root, arithmetic());
+                let mut most = ids.len();
+                while let Some((label, saves)) = ledger.find(tenant, root, ids, (*shared, most)) {
+                    most = label.depth - 1;
+                    gone.push((label, saves));
+                }
+            }
+        }
+        for (label, saves) in gone {
+            self.ledger().forget(tenant, &label);
+            self.delete(&key(tenant, &label, saves)).await;
+        }
+        self.report(0);
     }
 
     /// Puts a state on disk. That it cannot be is no error of anybody's request.
@@ -118,7 +165,7 @@ impl Disk {
         least: usize,
         model: &Model,
     ) -> Option<(usize, Arc<Memory>)> {
-        let (tenant, root) = (&source.tenant, Mark::of_root(&source.root, ARITHMETIC));
+        let (tenant, root) = (&source.tenant, Mark::of_root(&source.root, arithmetic()));
         // The last token must be read anyhow.
         let range = (least.saturating_sub(1), ids.len().saturating_sub(1));
         let (label, saves) = self.ledger().find(tenant, root, ids, range)?;
@@ -186,7 +233,7 @@ impl Disk {
     async fn write(&self, Gone { memory, was }: Gone) -> Result<(), Error> {
         let Some(Was { tenant, root, ids, saves }) = was else { return Ok(()) };
         let text = Beginnings::new(&ids).mark(ids.len());
-        let label = Label { root: Mark::of_root(&root, ARITHMETIC), depth: ids.len(), text };
+        let label = Label { root: Mark::of_root(&root, arithmetic()), depth: ids.len(), text };
         if self.ledger().has(&tenant, &label) {
             return Ok(());
         }
@@ -196,7 +243,7 @@ impl Disk {
             owner: tenant.clone(),
             model: String::new(),
             fingerprint: root.fingerprint,
-            arithmetic: ARITHMETIC.into(),
+            arithmetic: arithmetic().into(),
             session: None,
             record: None,
             turn: 1,
@@ -254,12 +301,12 @@ impl Disk {
 async fn read(file: Bytes, label: &Label, source: &Source, ids: &[u32], model: &Model) -> Result<Memory, Damaged> {
     let decoded = tokio::task::spawn_blocking(move || state::decode(&file)).await;
     let Snapshot { head, memory } = decoded.map_err(|e| Damaged(e.to_string()))??;
-    let (text, arithmetic) = (text_of(label), head.arithmetic.as_str());
+    let (text, computed_by) = (text_of(label), head.arithmetic.as_str());
     if head.metadata.get(TEXT) != Some(&text) || head.owner != source.tenant {
         return Err(Damaged("it is the state of another text or tenant".into()));
     }
-    if head.fingerprint != source.root.fingerprint || arithmetic != ARITHMETIC {
-        return Err(Damaged(format!("other weights or another arithmetic ({arithmetic}) have computed it")));
+    if head.fingerprint != source.root.fingerprint || computed_by != arithmetic() {
+        return Err(Damaged(format!("other weights or another arithmetic ({computed_by}) have computed it")));
     }
     let read = source.consumed + label.depth as u64;
     if memory.consumed != read || memory.tail != source.recent(&ids[..label.depth]) {

@@ -90,6 +90,17 @@ impl<K: Ord + Clone, V> Forest<K, V> {
         self.nodes.get_mut(&place)?.value.as_mut()
     }
 
+    /// The places of all values of a root.
+    pub fn all(&self, root: &K) -> Vec<Place> {
+        let (mut all, mut next) = (Vec::new(), Vec::from_iter(self.roots.get(root).copied()));
+        while let Some(place) = next.pop() {
+            let node = &self.nodes[&place];
+            all.extend(node.value.as_ref().map(|_| place));
+            next.extend(node.below.values());
+        }
+        all
+    }
+
     /// Puts a value at the end of `ids`, which are not none; gives the one that was there.
     pub fn insert(&mut self, root: &K, ids: &[u32], value: V) -> (Place, Option<V>) {
         let mut place = match self.roots.get(root) {
@@ -321,6 +332,11 @@ mod tests {
                     }
                 }
                 forest.audit();
+                for root in 0..2 {
+                    let all: BTreeMap<Place, ()> = forest.all(&root).into_iter().map(|place| (place, ())).collect();
+                    let expected = places.iter().filter(|((r, _), _)| *r == root).map(|(_, place)| (*place, ())).collect();
+                    prop_assert_eq!(all, expected);
+                }
                 for ((root, ids), place) in &places {
                     let above = known.keys().filter(|(r, t)| r == root && t.len() < ids.len() && ids.starts_with(t));
                     let above = above.map(|(_, t)| t.len()).max().unwrap_or(0);

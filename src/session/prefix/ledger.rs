@@ -184,6 +184,13 @@ impl Ledger {
         gone
     }
 
+    /// All files of a root, with what each saved.
+    pub fn all(&self, tenant: &Tenant, root: Mark) -> Vec<(Label, usize)> {
+        let first = Label { root, depth: 0, text: Mark([0; 32]) };
+        let files = self.tenants.get(tenant).into_iter().flat_map(|share| share.files.range(first.clone()..));
+        files.take_while(|(label, _)| label.root == root).map(|(label, filed)| (label.clone(), filed.saves)).collect()
+    }
+
     /// Forgets a file.
     pub fn forget(&mut self, tenant: &Tenant, label: &Label) {
         self.remove(tenant, label);

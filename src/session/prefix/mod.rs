@@ -12,6 +12,7 @@
 mod disk;
 mod flights;
 mod forest;
+mod forget;
 mod ledger;
 mod shelf;
 mod spacing;
@@ -31,6 +32,7 @@ use crate::telemetry::metrics;
 use crate::types::{Memory, TAIL, Tenant};
 use disk::Disk;
 use flights::{Flight, Flights};
+pub(super) use forget::Forgotten;
 use shelf::{From, Gone, Root, Shelf};
 use spacing::{Cost, Stops, Text, stops};
 

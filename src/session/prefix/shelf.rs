@@ -130,6 +130,14 @@ impl Share {
         }
     }
 
+    /// Takes a state out that nobody is to find any more.
+    fn forget(&mut self, place: Place) {
+        if let Some(entry) = self.forest.remove(place) {
+            self.queue.remove(&(entry.rank, place));
+            self.bytes -= entry.bytes;
+        }
+    }
+
     fn rank(&self, place: Place) -> Option<u64> {
         let entry = self.forest.get(place)?;
         Some(entry.ranked(self.forest.ways(place), self.forest.depths(place)))
@@ -175,6 +183,35 @@ impl Shelf {
         }
         gone.sort_by_key(|(rank, _)| std::cmp::Reverse(*rank));
         gone.into_iter().map(|(_, gone)| gone).collect()
+    }
+
+    /// Forgets all states of a root.
+    pub fn forget_root(&mut self, tenant: &Tenant, root: &Root) {
+        let Some(share) = self.tenants.get_mut(tenant) else { return };
+        share.forest.all(root).into_iter().for_each(|place| share.forget(place));
+        self.tidy(tenant);
+    }
+
+    /// Forgets the states on the way of a text, from its end up to where another text goes on; gives how many ids these share.
+    pub fn forget_way(&mut self, tenant: &Tenant, root: &Root, ids: &[u32]) -> usize {
+        let Some(share) = self.tenants.get_mut(tenant) else { return 0 };
+        let shared = loop {
+            let found = share.forest.find(root, ids, ids.len());
+            match found.hit {
+                Some(place) if share.forest.ways(place) == 0 => share.forget(place),
+                // Where others part from each other no state of this text alone is left above.
+                Some(_) => break found.depth,
+                None => break 0,
+            }
+        };
+        self.tidy(tenant);
+        shared
+    }
+
+    fn tidy(&mut self, tenant: &Tenant) {
+        if self.tenants.get(tenant).is_some_and(|share| share.queue.is_empty()) {
+            self.tenants.remove(tenant);
+        }
     }
 
     /// Keeps a state that has read `ids`. Gives back what had to go for it, to be dropped where that keeps nobody waiting.
@@ -300,6 +337,27 @@ mod tests {
         shelf.put(&tenant("a"), &root(), &text(1, 10), memory(1));
         assert_eq!(shelf.put(&tenant("a"), &root(), &text(2, 10), memory(5)).len(), 1);
         assert!(holds(&shelf, "a", &text(1, 10)) && !holds(&shelf, "a", &text(2, 10)));
+    }
+
+    #[test]
+    fn what_is_forgotten_takes_nothing_with_it_that_others_share() {
+        let mut shelf = Shelf::new(100 * 1024);
+        let (a, root) = (tenant("a"), root());
+        let other = Root { from: From::State(StateId::new(1, 2)), ..root.clone() };
+        let texts = [text(1, 10), [text(1, 10), text(2, 10)].concat(), [text(1, 10), text(3, 10)].concat()];
+        for ids in &texts {
+            shelf.put(&a, &root, ids, memory(1));
+            shelf.put(&a, &other, ids, memory(1));
+        }
+        shelf.put(&tenant("b"), &root, &texts[1], memory(1));
+        assert_eq!(shelf.forget_way(&a, &root, &[&texts[1][..], &[7, 8]].concat()), 10);
+        assert_eq!(texts.each_ref().map(|ids| holds(&shelf, "a", ids)), [true, false, true]);
+        assert_eq!(shelf.forget_way(&a, &root, &texts[2]), 0);
+        assert_eq!((shelf.entries(), holds(&shelf, "b", &texts[1])), (4, true));
+        shelf.forget_root(&a, &other);
+        assert_eq!((shelf.entries(), shelf.tenants.len()), (1, 1));
+        shelf.forget_root(&tenant("b"), &root);
+        assert_eq!((shelf.bytes(), shelf.tenants.len()), (0, 0));
     }
 
     proptest! {
