@@ -45,7 +45,7 @@ pub struct Limits {
     pub queue: usize,
     /// Prompt tokens a step when nobody is decoding.
     pub budget: usize,
-    /// Prompt tokens a step while somebody is: what a running stream may have to wait for.
+    /// Prompt tokens a step at most while somebody is: what a running stream may have to wait for.
     pub busy_budget: usize,
 }
 
@@ -179,11 +179,20 @@ impl Scheduler {
     /// What to run in the next step; empty only when there is nothing to do. The spans count as read: if the step
     /// fails, cancel its jobs.
     pub fn plan(&mut self) -> Plan {
+        self.plan_within(|_| usize::MAX)
+    }
+
+    /// The same, with no more prompt tokens than `room` says there is for beside so many that decode. 0 is no answer for ever.
+    pub fn plan_within(&mut self, room: impl FnOnce(usize) -> usize) -> Plan {
         debug_assert!(!self.running.values().any(Job::awaits_commit), "the last plan was not committed");
         let admitted = self.admit();
         let mut spans = self.decode();
-        let budget = if spans.is_empty() { self.limits.budget } else { self.limits.busy_budget };
-        spans.extend(self.read(budget));
+        let decoding = spans.iter().map(|span| span.tokens.len()).sum();
+        let budget = if decoding == 0 { self.limits.budget } else { self.limits.busy_budget.min(room(decoding)) };
+        // Without room nobody loses a turn either.
+        if budget > 0 {
+            spans.extend(self.read(budget));
+        }
         self.audit();
         Plan { admitted, spans }
     }
