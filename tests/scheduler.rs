@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use proptest::prelude::*;
-use rewake::scheduler::{Error, JobId, Limits, Need, Next, Plan, Scheduler, Seat};
+use rewake::scheduler::{Busy, Error, JobId, Limits, Need, Next, Plan, Scheduler, Seat};
 use rewake::types::Tenant;
 
 /// What the world does to the scheduler.
@@ -231,11 +231,18 @@ impl World {
         let free = self.scheduler.free_seats();
         let room = ROOM[self.steps % ROOM.len()];
         self.steps += 1;
-        let decoding: usize = self.jobs.values().flat_map(|job| &job.waiting).sum();
-        let plan = self.scheduler.plan_within(|tokens| {
-            assert!(tokens > 0 && tokens <= decoding, "{tokens} decode of {decoding}");
+        let mut told = None;
+        let plan = self.scheduler.plan_within(|busy| {
+            told = Some(busy);
             room
         });
+        let decoding = plan.spans.iter().filter(|span| span.choice.is_some());
+        let (streams, tokens) = (decoding.clone().count(), decoding.map(|span| span.tokens.len()).sum());
+        let prompts = self.jobs.iter().filter(|(id, job)| {
+            let admitted = !job.seats.is_empty() || plan.admitted.iter().any(|(admitted, _)| admitted == *id);
+            admitted && job.read < job.tokens
+        });
+        assert_eq!(told, (streams > 0).then_some(Busy { streams, tokens, prompts: prompts.count() }));
         assert_eq!(
             plan.spans.is_empty(),
             self.jobs.values().all(|job| job.parked),

@@ -6,10 +6,13 @@
 use std::time::Duration;
 
 use super::worth::Costs;
+use crate::scheduler::Busy;
 
-/// How many times as long a step may take that also reads prompts. A step is not exactly what was expected of it, and a stream
-/// should never wait three times as long as usual for its next token.
+/// How many times as long a step may take that also reads prompts, while these are no more than the streams. A step is not exactly
+/// what was expected of it, and a stream should not wait three times as long as usual for its next token.
 const STRETCH: f64 = 2.0;
+/// The same where prompts are many and streams few: then everybody has as much of the time, up to this.
+const FAR: f64 = 6.0;
 /// Prompt tokens that are read in any case, so that a prompt is read at all. Fewer say too little of what one takes.
 const LEAST: usize = 8;
 /// After so many steps in a row with prompt tokens comes one without: what that takes changes with the streams.
@@ -38,14 +41,15 @@ pub struct Load {
 }
 
 impl Pace {
-    /// How many prompt tokens the next step may read beside so many that decode (not 0); 0 when it is time for a step without.
-    pub fn room(&self, costs: &Costs, decoding: usize) -> usize {
-        let Some(base) = self.base(costs, decoding).filter(|_| self.mixed < ROUND) else { return 0 };
+    /// How many prompt tokens the next step may read beside what decodes; 0 when it is time for a step without.
+    pub fn room(&self, costs: &Costs, busy: Busy) -> usize {
+        let Some(base) = self.base(costs, busy.tokens).filter(|_| self.mixed < ROUND) else { return 0 };
+        let stretch = (1.0 + busy.prompts as f64 / busy.streams as f64).clamp(STRETCH, FAR);
         if self.token == 0.0 {
             return LEAST;
         }
         // No measurement is trusted so far that the next step reads much more than any before.
-        (((STRETCH - 1.0) * base / self.token) as usize).clamp(LEAST, 2 * self.most.max(LEAST))
+        (((stretch - 1.0) * base / self.token) as usize).clamp(LEAST, 2 * self.most.max(LEAST))
     }
 
     /// A step took so long.
@@ -78,6 +82,11 @@ impl Pace {
 mod tests {
     use super::*;
 
+    /// One prompt beside so many streams.
+    fn busy(streams: usize) -> Busy {
+        Busy { streams, tokens: streams, prompts: 1 }
+    }
+
     /// Runs steps of `decoding` streams that take `time` until so many prompt tokens are read; gives the times of the steps.
     fn read(
         pace: &mut Pace,
@@ -87,7 +96,7 @@ mod tests {
     ) -> Vec<f64> {
         let mut times = Vec::new();
         while unread > 0 {
-            let prompts = pace.room(costs, decoding).min(unread).min(512);
+            let prompts = pace.room(costs, busy(decoding)).min(unread).min(512);
             unread -= prompts;
             let load = Load { decoding, prompts };
             times.push(time(load));
@@ -136,24 +145,24 @@ mod tests {
         let (mut pace, mut costs) = (Pace::default(), Costs::new());
         let many = |prompts| Load { decoding: 100, prompts };
         let ms = Duration::from_millis;
-        assert_eq!(pace.room(&costs, 100), 0);
+        assert_eq!(pace.room(&costs, busy(100)), 0);
         pace.measured(&costs, many(0), ms(10));
-        assert_eq!(pace.room(&costs, 100), LEAST, "for more streams than costs are known of");
+        assert_eq!(pace.room(&costs, busy(100)), LEAST, "for more streams than costs are known of");
         pace.measured(&costs, many(3), ms(500));
-        assert_eq!(pace.room(&costs, 100), LEAST, "a short rest of a prompt says nothing");
+        assert_eq!(pace.room(&costs, busy(100)), LEAST, "a short rest of a prompt says nothing");
         pace.measured(&costs, many(8), ms(11));
-        assert_eq!(pace.room(&costs, 100), 2 * LEAST, "room for more, but not for much more at once");
+        assert_eq!(pace.room(&costs, busy(100)), 2 * LEAST, "room for more, but not for much more at once");
         pace.measured(&costs, many(16), ms(12));
-        assert_eq!(pace.room(&costs, 100), 4 * LEAST);
+        assert_eq!(pace.room(&costs, busy(100)), 4 * LEAST);
         (4..ROUND).for_each(|_| pace.measured(&costs, many(32), ms(14)));
-        assert!((64..90).contains(&pace.room(&costs, 100)), "{pace:?}");
+        assert!((64..90).contains(&pace.room(&costs, busy(100))), "{pace:?}");
         pace.measured(&costs, many(32), ms(14));
-        assert_eq!(pace.room(&costs, 100), 0, "it is time for a step without");
+        assert_eq!(pace.room(&costs, busy(100)), 0, "it is time for a step without");
         costs.measured(10, ms(2));
         pace.measured(&costs, Load { decoding: 10, prompts: 0 }, ms(2));
-        assert!((12..20).contains(&pace.room(&costs, 10)), "{pace:?}");
+        assert!((12..20).contains(&pace.room(&costs, busy(10))), "{pace:?}");
         pace.measured(&costs, Load { decoding: 0, prompts: 512 }, ms(900));
-        assert!((12..20).contains(&pace.room(&costs, 10)), "a step of prompts alone says nothing");
+        assert!((12..20).contains(&pace.room(&costs, busy(10))), "a step of prompts alone says nothing");
     }
 
     #[test]
@@ -162,9 +171,22 @@ mod tests {
         let time = |token: f64| move |load: Load| 1e-2 + token * load.prompts as f64;
         read(&mut pace, &mut costs, (4, 4000), &time(1e-4));
         pace.mixed = 0;
-        assert!((80..=120).contains(&pace.room(&costs, 4)), "{pace:?}");
+        assert!((80..=120).contains(&pace.room(&costs, busy(4))), "{pace:?}");
         read(&mut pace, &mut costs, (4, 4000), &time(1e-3));
         pace.mixed = 0;
-        assert!(pace.room(&costs, 4) <= 12, "{pace:?}");
+        assert!(pace.room(&costs, busy(4)) <= 12, "{pace:?}");
+    }
+
+    #[test]
+    fn many_prompts_have_more_of_the_time_than_few_streams() {
+        let (mut pace, mut costs) = (Pace::default(), Costs::new());
+        read(&mut pace, &mut costs, (4, 10_000), &|load| 1e-2 + 1e-4 * load.prompts as f64);
+        (pace.mixed, pace.most) = (0, 1000);
+        let room = |prompts| pace.room(&costs, Busy { prompts, ..busy(4) });
+        let fair = room(1);
+        assert!((80..=120).contains(&fair));
+        for (prompts, times) in [(2, 1), (4, 1), (8, 2), (12, 3), (20, 5), (60, 5)] {
+            assert!(room(prompts).abs_diff(times * fair) <= times, "{prompts}: {} and {fair}", room(prompts));
+        }
     }
 }

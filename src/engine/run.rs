@@ -79,7 +79,7 @@ impl Engine {
             );
             let parked = self.jobs.values().filter_map(|live| live.parked.as_ref());
             metrics::parked(&self.name, parked.clone().count(), parked.map(|parked| parked.bytes).sum());
-            let plan = self.scheduler.plan_within(|decoding| self.pace.room(&self.costs, decoding));
+            let plan = self.scheduler.plan_within(|busy| self.pace.room(&self.costs, busy));
             if !plan.spans.is_empty() {
                 self.step(&plan);
             }

@@ -72,6 +72,17 @@ pub enum Error {
     Empty,
 }
 
+/// What a step's prompts are read beside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Busy {
+    /// Choices that decode; not 0.
+    pub streams: usize,
+    /// Their tokens.
+    pub tokens: usize,
+    /// Prompts that are being read.
+    pub prompts: usize,
+}
+
 /// What to run in one step.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
@@ -182,13 +193,14 @@ impl Scheduler {
         self.plan_within(|_| usize::MAX)
     }
 
-    /// The same, with no more prompt tokens than `room` says there is for beside so many that decode. 0 is no answer for ever.
-    pub fn plan_within(&mut self, room: impl FnOnce(usize) -> usize) -> Plan {
+    /// The same, with no more prompt tokens than `room` says there is for beside what decodes. 0 is no answer for ever.
+    pub fn plan_within(&mut self, room: impl FnOnce(Busy) -> usize) -> Plan {
         debug_assert!(!self.running.values().any(Job::awaits_commit), "the last plan was not committed");
         let admitted = self.admit();
         let mut spans = self.decode();
-        let decoding = spans.iter().map(|span| span.tokens.len()).sum();
-        let budget = if decoding == 0 { self.limits.budget } else { self.limits.busy_budget.min(room(decoding)) };
+        let tokens = spans.iter().map(|span| span.tokens.len()).sum();
+        let busy = Busy { streams: spans.len(), tokens, prompts: self.reading.len() };
+        let budget = if spans.is_empty() { self.limits.budget } else { self.limits.busy_budget.min(room(busy)) };
         // Without room nobody loses a turn either.
         if budget > 0 {
             spans.extend(self.read(budget));
