@@ -82,11 +82,11 @@ class Server:
         self.process.wait()
 
 
-def rewake(binary, model, threads, *more):
+def rewake(binary, model, threads, *more, setting=None):
+    """`setting`: a variable of the environment, as NAME=VALUE."""
     place = ["--model", model] if model else []
-    command = [binary, "serve", *place, "--port", "0", "--state-dir", ":memory:", *more]
-    if threads:
-        command = ["env", f"REWAKE_ENGINE__THREADS={threads}", *command]
+    settings = [setting] * bool(setting) + [f"REWAKE_ENGINE__THREADS={threads}"] * bool(threads)
+    command = ["env", *settings, binary, "serve", *place, "--port", "0", "--state-dir", ":memory:", *more]
     return Server([str(part) for part in command], "is serving on http://")
 
 
