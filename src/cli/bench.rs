@@ -105,7 +105,7 @@ fn measure(args: &Args) -> anyhow::Result<()> {
 /// Bytes and floating point operations a second that the machine comes to.
 fn machine(runs: u32) -> (f64, f64) {
     const TASKS: usize = 64;
-    let memory = vec![1f32; 128 << 20];
+    let memory = probe::memory(128 << 20);
     let best = |f: &dyn Fn() -> f32| {
         let time = |_| {
             let began = clock::now();

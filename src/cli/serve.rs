@@ -1,6 +1,7 @@
 //! `rewake serve`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args as Arguments;
@@ -53,6 +54,9 @@ pub struct Args {
     config: Option<PathBuf>,
 }
 
+/// How long after the first signal to stop others are taken for that one.
+const SAME_WISH: Duration = Duration::from_millis(500);
+
 /// Serves until the process is told to stop.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let Args { model, lora, lora_alpha, quantize, state, tokenizer, profile, host, port, state_dir, config } = args;
@@ -86,6 +90,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         stop_signal().await;
         tracing::info!("stopping: no new turns, running ones may finish; a second signal ends them");
         tokio::spawn(async {
+            // Programs that start others (`timeout`, `npm run`) pass a signal on that reached the whole group already:
+            // what comes at once is the same wish again.
+            tokio::time::sleep(SAME_WISH).await;
             stop_signal().await;
             // What a client has seen of a state is durable; a turn under way is lost, as in any crash.
             std::process::exit(1);

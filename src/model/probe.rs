@@ -1,6 +1,15 @@
 //! What this machine can do at most: the limits that speed is compared with.
 
+use std::ops::Deref;
+
 use super::kernels;
+
+/// Memory to be read, like that which holds weights.
+pub fn memory(len: usize) -> impl Deref<Target = [f32]> {
+    let mut memory = kernels::Pages::zeroed(len);
+    memory.fill(1.0);
+    memory
+}
 
 /// Reads `memory` once by the team of this step, and gives a sum that depends on all of it.
 pub fn read(memory: &[f32]) -> f32 {

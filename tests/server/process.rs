@@ -30,7 +30,7 @@ async fn sigterm_lets_running_streams_finish() {
     let mut stream = client.stream(COMPLETIONS, long).await;
     stream.begun().await;
     assert_eq!(client.get("/ready").await.status, 200);
-    server.terminate();
+    server.terminate(1);
     until(&client, "/ready", |status, _| status == 503).await;
     assert_eq!(client.get("/health").await.status, 200, "it still lives");
     let refused = client.post(COMPLETIONS, json!({"prompt": "x"})).await;
@@ -43,6 +43,18 @@ async fn sigterm_lets_running_streams_finish() {
     assert!(server.ended().await.success());
     let server = Process::start(folder.path(), &[]);
     assert_eq!(server.client().get("/v1/sessions/long").await.json()["head"], state);
+}
+
+#[tokio::test]
+async fn a_signal_that_comes_twice_at_once_is_one() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let server = Process::start(folder.path(), &[]);
+    let mut stream = server.client().stream(COMPLETIONS, with(endless(), json!({"max_tokens": 500}))).await;
+    stream.begun().await;
+    // As `timeout` sends it: to the process, and to the group that it is in.
+    server.terminate(2);
+    assert_eq!(last(&stream.all().await)["choices"][0]["finish_reason"], "length");
+    assert!(server.ended().await.success());
 }
 
 fn config(folder: &Path, toml: &str) -> String {
@@ -58,7 +70,7 @@ async fn a_stream_that_does_not_finish_in_time_is_told() {
     let server = Process::start(&folder.path().join("states"), &["--config", &config]);
     let mut stream = server.client().stream(COMPLETIONS, endless()).await;
     stream.begun().await;
-    server.terminate();
+    server.terminate(1);
     let mut last = Value::Null;
     while let Some(chunk) = stream.next().await {
         last = chunk;

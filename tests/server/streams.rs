@@ -442,7 +442,7 @@ async fn a_server_that_stops_waits_for_nobody_who_is_gone() {
     let id = first["id"].as_str().expect("an id").to_owned();
     drop((parked, detached));
     seats(&client, 1).await;
-    server.terminate();
+    server.terminate(1);
     assert!(server.ended().await.success());
     // What was to go on does.
     let server = Process::start(folder.path(), &[]);
@@ -507,7 +507,7 @@ async fn what_a_stopping_server_says_last_hides_nothing_of_what_follows() {
     let body = json!({"prompt": "Once", "seed": 4, "max_tokens": 1500, "logit_bias": {"0": -100}, "detach": true});
     let mut stream = server.client().stream(COMPLETIONS, body.clone()).await;
     let mut all = vec![stream.next().await.expect("a chunk")];
-    server.terminate();
+    server.terminate(1);
     let last = rest(&mut stream, &mut all).await;
     assert!(server.ended().await.success());
     assert_eq!(last["error"]["code"], "shutting_down", "{last}");

@@ -405,10 +405,10 @@ impl Process {
         self.child.wait().expect("it has ended");
     }
 
-    /// Asks it to stop.
-    pub fn terminate(&self) {
+    /// Asks it to stop, so many times at once.
+    pub fn terminate(&self, times: usize) {
         let pid = self.child.id().to_string();
-        let killed = Command::new("kill").args(["-TERM", &pid]).status().expect("kill(1) is there");
+        let killed = Command::new("kill").arg("-TERM").args(vec![pid; times]).status().expect("kill(1) is there");
         assert!(killed.success());
     }
 

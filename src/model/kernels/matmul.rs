@@ -14,6 +14,7 @@ use half::{bf16, f16};
 use super::activations::Activations;
 use super::elementwise::Activation;
 use super::kind::Kind;
+use super::pages::Pages;
 use super::quants::Quants;
 use super::weight::Stored;
 use super::{Shared, Weight, dots, parallel, parallel_chunks, tile};
@@ -34,9 +35,9 @@ pub struct Panels {
 /// `[⌈outputs / PANEL⌉, inputs, PANEL]` values, zero where the last panel is not full, or integers and scales.
 #[derive(Debug)]
 enum Data {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    BF16(Vec<bf16>),
+    F32(Pages<f32>),
+    F16(Pages<f16>),
+    BF16(Pages<bf16>),
     Quants(Quants),
 }
 
@@ -46,10 +47,20 @@ impl Panels {
     /// # Panics
     /// If the source is in blocks, whose values stand in rows: see [`Panels::pack_rows`].
     pub fn pack(source: &Weight, outputs: usize, inputs: usize, at: impl Fn(usize, usize) -> usize + Sync) -> Self {
+        let (shape, bytes) = ((outputs, inputs), source.bytes());
+        let word = |at| f32::from_le(&bytes[4 * at..]);
+        let whole = |exact: &dyn Fn(f32) -> bool| (0..source.len()).all(|at| exact(word(at)));
         let data = match source.kind() {
-            Kind::F32 => Data::F32(pack(source, outputs, inputs, at)),
-            Kind::F16 => Data::F16(pack(source, outputs, inputs, at)),
-            Kind::BF16 => Data::BF16(pack(source, outputs, inputs, at)),
+            // Where each is a narrower value, that is what a pass over them reads, and computes the same.
+            Kind::F32 if whole(&|value| bf16::from_f32(value).to_f32() == value) => {
+                Data::BF16(pack(shape, |o, i| bf16::from_f32(word(at(o, i)))))
+            }
+            Kind::F32 if whole(&|value| f16::from_f32(value).to_f32() == value) => {
+                Data::F16(pack(shape, |o, i| f16::from_f32(word(at(o, i)))))
+            }
+            Kind::F32 => Data::F32(pack(shape, |o, i| word(at(o, i)))),
+            Kind::F16 => Data::F16(pack(shape, |o, i| f16::from_le(&bytes[2 * at(o, i)..]))),
+            Kind::BF16 => Data::BF16(pack(shape, |o, i| bf16::from_le(&bytes[2 * at(o, i)..]))),
             kind => panic!("{kind} can only be packed in rows"),
         };
         Self { inputs, outputs, data }
@@ -83,20 +94,12 @@ impl Panels {
     }
 }
 
-fn pack<T: Stored>(
-    source: &Weight,
-    outputs: usize,
-    inputs: usize,
-    at: impl Fn(usize, usize) -> usize + Sync,
-) -> Vec<T> {
-    let values = source.bytes();
-    let mut data = vec![T::zero(); outputs.div_ceil(PANEL) * inputs * PANEL];
+fn pack<T: Stored>((outputs, inputs): (usize, usize), value: impl Fn(usize, usize) -> T + Sync) -> Pages<T> {
+    let mut data = Pages::zeroed(outputs.div_ceil(PANEL) * inputs * PANEL);
     parallel_chunks(&mut data, (inputs * PANEL).max(1), |panel, data| {
         for (input, data) in data.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
             let outputs = panel * PANEL..outputs.min((panel + 1) * PANEL);
-            for (to, output) in data.iter_mut().zip(outputs) {
-                *to = T::from_le(&values[at(output, input) * T::BYTES..][..T::BYTES]);
-            }
+            data.iter_mut().zip(outputs).for_each(|(to, output)| *to = value(output, input));
         }
     });
     data
@@ -358,6 +361,28 @@ mod tests {
         }
         let _ = (weights, x, inputs);
         all
+    }
+
+    #[test]
+    fn values_that_fit_half_the_bits_are_packed_in_those_and_multiply_the_same() {
+        let (inputs, outputs) = (70, 40);
+        let x = values(5 * inputs, 9);
+        for kind in [Kind::F16, Kind::BF16] {
+            let narrow = weights(kind, [outputs, inputs], 8);
+            let wide = Weight::from_f32(narrow.shape(), &narrow.to_f32());
+            let [narrow, wide] = [narrow, wide].map(|weight| Panels::pack_rows(&weight, outputs, inputs));
+            assert_eq!(std::mem::discriminant(&narrow.data), std::mem::discriminant(&wide.data));
+            for x in [&x[..inputs], &x[..]] {
+                let [narrow, wide] = [&narrow, &wide].map(|w| {
+                    let mut out = vec![f32::NAN; x.len() / inputs * outputs];
+                    matmul(w, x, &mut out);
+                    out
+                });
+                assert_eq!(narrow, wide);
+            }
+        }
+        let whole = Panels::pack_rows(&weights(Kind::F32, [outputs, inputs], 8), outputs, inputs);
+        assert!(matches!(whole.data, Data::F32(_)));
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod embed_attention;
 mod kind;
 mod matmul;
 mod norm;
+mod pages;
 mod quants;
 #[cfg(test)]
 mod random;
@@ -40,6 +41,7 @@ pub use embed_attention::{Queries, Stretch, attend, mean_of, tanh_all};
 pub use kind::Kind;
 pub use matmul::{Panels, Product, matmul, multiply_all};
 pub use norm::layer_norm;
+pub use pages::Pages;
 pub use team::Team;
 pub use tiny_attention::tiny_attend;
 pub use weight::Weight;

@@ -8,6 +8,7 @@ use std::marker::PhantomData;
 use super::blocks::from_f16;
 use super::kind::Kind;
 use super::matmul::PANEL;
+use super::pages::Pages;
 use super::parallel_chunks;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Dot, Vector};
@@ -55,7 +56,7 @@ pub struct Quants {
     kind: Kind,
     inputs: usize,
     /// `[⌈outputs / PANEL⌉, inputs / block]` blocks of a panel: scales `[scales, PANEL]`, then group by group the integers.
-    bytes: Vec<u8>,
+    bytes: Pages<u8>,
 }
 
 /// One output's block: its integers and scales.
@@ -163,7 +164,7 @@ impl Quants {
     /// Packs the rows of `source`, blocks of ggml's.
     pub fn pack(kind: Kind, (outputs, inputs): (usize, usize), source: &[u8]) -> Self {
         let (blocks, size) = (inputs / kind.block(), Self::block_bytes(kind));
-        let mut bytes = vec![0; outputs.div_ceil(PANEL) * blocks * size];
+        let mut bytes = Pages::zeroed(outputs.div_ceil(PANEL) * blocks * size);
         parallel_chunks(&mut bytes, (blocks * size).max(1), |panel, bytes| {
             for (n, bytes) in bytes.chunks_exact_mut(size).enumerate() {
                 for output in 0..PANEL.min(outputs - panel * PANEL) {

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use super::kind::Kind;
+use super::pages::Plain;
 #[cfg(target_arch = "x86_64")]
 use super::simd::Vector;
 use super::{blocks, parallel_chunks};
@@ -18,13 +19,12 @@ pub struct Weight<'a> {
 }
 
 /// A storage type of single values.
-pub trait Stored: Copy + Send + Sync + 'static {
+pub trait Stored: Plain + Send + Sync + 'static {
     /// Bytes of a value.
     const BYTES: usize;
     /// The value of so many little-endian bytes.
     fn from_le(bytes: &[u8]) -> Self;
     fn to_f32(self) -> f32;
-    fn zero() -> Self;
 
     /// Some values as f32.
     ///
@@ -44,9 +44,6 @@ impl Stored for f32 {
     fn to_f32(self) -> f32 {
         self
     }
-    fn zero() -> Self {
-        0.0
-    }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     unsafe fn load<V: Vector>(p: *const Self) -> V {
@@ -65,9 +62,6 @@ impl Stored for f16 {
     fn to_f32(self) -> f32 {
         blocks::from_f16(self.to_le_bytes())
     }
-    fn zero() -> Self {
-        f16::ZERO
-    }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     unsafe fn load<V: Vector>(p: *const Self) -> V {
@@ -85,9 +79,6 @@ impl Stored for bf16 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
         bf16::to_f32(self)
-    }
-    fn zero() -> Self {
-        bf16::ZERO
     }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
