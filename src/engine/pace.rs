@@ -11,8 +11,9 @@ use crate::scheduler::Busy;
 /// How many times as long a step may take that also reads prompts, while these are no more than the streams. A step is not exactly
 /// what was expected of it, and a stream should not wait three times as long as usual for its next token.
 const STRETCH: f64 = 2.0;
-/// The same where prompts are many and streams few: then everybody has as much of the time, up to this.
-const FAR: f64 = 6.0;
+/// Where prompts are more than streams they get as many times more of the time, up to this: most clients then wait for their first
+/// token.
+const FAR: f64 = 8.0;
 /// Prompt tokens that are read in any case, so that a prompt is read at all. Fewer say too little of what one takes.
 const LEAST: usize = 8;
 /// After so many steps in a row with prompt tokens comes one without: what that takes changes with the streams.
@@ -44,7 +45,7 @@ impl Pace {
     /// How many prompt tokens the next step may read beside what decodes; 0 when it is time for a step without.
     pub fn room(&self, costs: &Costs, busy: Busy) -> usize {
         let Some(base) = self.base(costs, busy.tokens).filter(|_| self.mixed < ROUND) else { return 0 };
-        let stretch = (1.0 + busy.prompts as f64 / busy.streams as f64).clamp(STRETCH, FAR);
+        let stretch = (STRETCH * busy.prompts as f64 / busy.streams as f64).clamp(STRETCH, FAR);
         if self.token == 0.0 {
             return LEAST;
         }
@@ -185,7 +186,7 @@ mod tests {
         let room = |prompts| pace.room(&costs, Busy { prompts, ..busy(4) });
         let fair = room(1);
         assert!((80..=120).contains(&fair));
-        for (prompts, times) in [(2, 1), (4, 1), (8, 2), (12, 3), (20, 5), (60, 5)] {
+        for (prompts, times) in [(2, 1), (4, 1), (8, 3), (12, 5), (16, 7), (60, 7)] {
             assert!(room(prompts).abs_diff(times * fair) <= times, "{prompts}: {} and {fair}", room(prompts));
         }
     }
