@@ -11,8 +11,10 @@ use crate::scheduler::Busy;
 /// How many times as long a step may take that also reads prompts, while these are no more than the streams. A step is not exactly
 /// what was expected of it, and a stream should not wait three times as long as usual for its next token.
 const STRETCH: f64 = 2.0;
-/// Where prompts are more than streams they get as many times more of the time, up to this: most clients then wait for their first
-/// token.
+/// How much more than the streams' own time a step may take for each further prompt a stream: where many clients wait for their first
+/// token, few may wait longer for their next.
+const CLAIM: f64 = 3.0;
+/// The most it is stretched so.
 const FAR: f64 = 8.0;
 /// Prompt tokens that are read in any case, so that a prompt is read at all. Fewer say too little of what one takes.
 const LEAST: usize = 8;
@@ -45,7 +47,8 @@ impl Pace {
     /// How many prompt tokens the next step may read beside what decodes; 0 when it is time for a step without.
     pub fn room(&self, costs: &Costs, busy: Busy) -> usize {
         let Some(base) = self.base(costs, busy.tokens).filter(|_| self.mixed < ROUND) else { return 0 };
-        let stretch = (STRETCH * busy.prompts as f64 / busy.streams as f64).clamp(STRETCH, FAR);
+        let further = busy.prompts.saturating_sub(1) as f64 / busy.streams as f64;
+        let stretch = (CLAIM * further).clamp(STRETCH, FAR);
         if self.token == 0.0 {
             return LEAST;
         }
@@ -186,7 +189,7 @@ mod tests {
         let room = |prompts| pace.room(&costs, Busy { prompts, ..busy(4) });
         let fair = room(1);
         assert!((80..=120).contains(&fair));
-        for (prompts, times) in [(2, 1), (4, 1), (8, 3), (12, 5), (16, 7), (60, 7)] {
+        for (prompts, times) in [(2, 1), (3, 1), (5, 2), (9, 5), (16, 7), (60, 7)] {
             assert!(room(prompts).abs_diff(times * fair) <= times, "{prompts}: {} and {fair}", room(prompts));
         }
     }
