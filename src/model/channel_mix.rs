@@ -36,7 +36,7 @@ impl ChannelMix {
             mixes,
             key: Linear::load(loader, &tensor("key.weight"), inner, width, Orientation::OutIn)?,
             receptance: Linear::load(loader, &tensor("receptance.weight"), width, width, Orientation::OutIn)?,
-            value: Linear::load(loader, &tensor("value.weight"), width, inner, Orientation::OutIn)?,
+            value: Linear::load_sparse(loader, &tensor("value.weight"), width, inner)?,
         })
     }
 }

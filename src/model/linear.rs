@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, Storage, Tensor, bail};
 
 use super::Error;
-use super::kernels::{self, Activation, Panels, Product, Weight};
+use super::kernels::{self, Activation, Panels, Product, Shape, Weight};
 use super::weights::Loader;
 
 /// How a checkpoint stores a matrix.
@@ -35,12 +35,21 @@ impl Linear {
         inputs: usize,
         stored: Orientation,
     ) -> std::result::Result<Self, Error> {
+        Self::load_shape(loader, name, Shape::new(outputs, inputs), stored)
+    }
+
+    /// The tensor `name [outputs, inputs]` of a layer most of whose inputs are zero, as behind a ReLU.
+    pub fn load_sparse(loader: &Loader, name: &str, outputs: usize, inputs: usize) -> std::result::Result<Self, Error> {
+        Self::load_shape(loader, name, Shape::sparse(outputs, inputs), Orientation::OutIn)
+    }
+
+    fn load_shape(loader: &Loader, name: &str, shape: Shape, stored: Orientation) -> std::result::Result<Self, Error> {
         let (rows, cols) = match stored {
-            Orientation::OutIn => (outputs, inputs),
-            Orientation::InOut => (inputs, outputs),
+            Orientation::OutIn => (shape.outputs, shape.inputs),
+            Orientation::InOut => (shape.inputs, shape.outputs),
         };
         // Panels are padded; no model has a layer so thin that it matters, but a file could be made of such.
-        if outputs < THIN && inputs > WIDE {
+        if shape.outputs < THIN && shape.inputs > WIDE {
             let (found, expected) = (vec![rows, cols], format!("a layer of at least {THIN} outputs"));
             return Err(Error::Shape { name: name.into(), found, expected });
         }
@@ -49,7 +58,7 @@ impl Linear {
             if stored == Orientation::InOut && weight.kind().block() > 1 {
                 loader.served_as(weight.bytes().len(), 4 * weight.len());
             }
-            Self::pack(weight, outputs, inputs, stored)
+            Self::pack(weight, shape, stored)
         })
     }
 
@@ -59,11 +68,12 @@ impl Linear {
         Ok(linear.with_bias(loader.values(&format!("{name}.bias"), &[outputs])?))
     }
 
-    pub fn pack(weight: Weight, outputs: usize, inputs: usize, stored: Orientation) -> Self {
-        match stored {
-            Orientation::OutIn => Self { weights: Panels::pack_rows(&weight, outputs, inputs), bias: Vec::new() },
-            Orientation::InOut => Self::pack_part(&weight.unblocked(), outputs, inputs, |o, i| i * outputs + o),
-        }
+    fn pack(weight: Weight, shape: Shape, stored: Orientation) -> Self {
+        let weights = match stored {
+            Orientation::OutIn => Panels::pack_rows(&weight, shape),
+            Orientation::InOut => Panels::pack(&weight.unblocked(), shape, |o, i| i * shape.outputs + o),
+        };
+        Self { weights, bias: Vec::new() }
     }
 
     /// A layer that is part of a tensor of single values: `at(output, input)` is the index of a weight.
@@ -73,7 +83,7 @@ impl Linear {
         inputs: usize,
         at: impl Fn(usize, usize) -> usize + Sync,
     ) -> Self {
-        Self { weights: Panels::pack(weight, outputs, inputs, at), bias: Vec::new() }
+        Self { weights: Panels::pack(weight, Shape::new(outputs, inputs), at), bias: Vec::new() }
     }
 
     /// The same layer with `bias [outputs]` added.

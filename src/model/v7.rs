@@ -296,7 +296,7 @@ impl ChannelMix {
             width: c,
             x_k: loader.values(&ffn("x_k"), &[c])?,
             key: Linear::load(loader, &ffn("key.weight"), inner, c, Orientation::OutIn)?,
-            value: Linear::load(loader, &ffn("value.weight"), c, inner, Orientation::OutIn)?,
+            value: Linear::load_sparse(loader, &ffn("value.weight"), c, inner)?,
         })
     }
 

@@ -342,7 +342,7 @@ mod tests {
     use super::super::random::{values, weights};
     use half::f16;
 
-    use super::super::{Fused, Kind, Panels, Weight, blocks, matmul};
+    use super::super::{Fused, Kind, Panels, Shape, Weight, blocks, matmul};
     use super::*;
 
     fn quantised() -> impl Strategy<Value = Kind> {
@@ -358,7 +358,7 @@ mod tests {
         ) {
             let inputs = blocks * kind.block();
             let source = weights(kind, [outputs, inputs], seed);
-            let (w, all) = (Panels::pack_rows(&source, outputs, inputs), source.to_f32());
+            let (w, all) = (Panels::pack_rows(&source, Shape::new(outputs, inputs)), source.to_f32());
             let x = values(rows * inputs, seed ^ 77);
             let mut out = vec![f32::NAN; rows * outputs];
             matmul(&w, &x, &mut out);
@@ -390,7 +390,7 @@ mod tests {
             let inputs = (groups * GROUP).next_multiple_of(kind.block());
             let source = weights(kind, [PANEL, inputs], seed);
             let x = values(rows * inputs, seed ^ 5);
-            let w = Panels::pack_rows(&source, PANEL, inputs);
+            let w = Panels::pack_rows(&source, Shape::new(PANEL, inputs));
             let all = w.quants().expect("of quants").with_form(Widths(&x, inputs));
             for sums in &all[1..] {
                 prop_assert_eq!(sums, &all[0], "{}", kind);
@@ -459,7 +459,7 @@ mod tests {
                 let mut bytes = vec![byte; kind.bytes(PANEL * 256).expect("whole blocks")];
                 blocks::set_scales(kind, &mut bytes, f16::from_f32(0.01));
                 let source = Weight::new(kind, &[PANEL, 256], bytes).expect("as many as the shape has");
-                let w = Panels::pack_rows(&source, PANEL, 256);
+                let w = Panels::pack_rows(&source, Shape::new(PANEL, 256));
                 for x in [1f32, -1.0] {
                     let sums = w.quants().expect("of quants").with_form(Widths(&[x; 256], 256));
                     assert!(sums.iter().all(|other| other == &sums[0]), "{kind} of {byte:#x} times {x}");

@@ -5,7 +5,7 @@
 //! the rows beside it. Few rows read a panel as it is stored, from first to last; more rows unpack a stretch of it to f32 once for
 //! all of them. Both add the same products in the same order. Quantised weights have kernels of their own, see [`super::dots`].
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -17,22 +17,54 @@ use super::kind::Kind;
 use super::pages::Pages;
 use super::quants::Quants;
 use super::weight::Stored;
-use super::{Shared, Weight, dots, parallel, parallel_chunks, tile};
+use super::{Shared, Weight, dots, parallel, parallel_chunks, sparse, tile};
 
 /// Outputs side by side in a panel.
 pub const PANEL: usize = 32;
 /// Inputs that are unpacked at a time: 16 KB of f32, which stay in the first cache. Whole runs of every kind.
 pub const STRETCH: usize = 128;
 
+/// How a matrix is laid out.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub outputs: usize,
+    pub inputs: usize,
+    /// Outputs whose values stand side by side, in a strip of one or more panels.
+    strip: usize,
+}
+
+impl Shape {
+    pub fn new(outputs: usize, inputs: usize) -> Self {
+        Self { outputs, inputs, strip: PANEL }
+    }
+
+    /// Of a matrix most of whose inputs are zero: where rows are few, the others' weights are not read.
+    pub fn sparse(outputs: usize, inputs: usize) -> Self {
+        let whole = |strip: &usize| outputs.is_multiple_of(*strip);
+        let strip = [sparse::STRIP, 2 * PANEL].into_iter().find(whole).unwrap_or(PANEL);
+        Self { strip, ..Self::new(outputs, inputs) }
+    }
+
+    fn panels(&self) -> usize {
+        self.outputs.div_ceil(PANEL)
+    }
+
+    /// Where the values of some inputs of a panel stand, the first of them at the beginning.
+    fn part(&self, panel: usize, of: Range<usize>) -> Range<usize> {
+        let (strip, within) = (panel * PANEL / self.strip, panel * PANEL % self.strip);
+        let at = |input: usize| (strip * self.inputs + input) * self.strip + within;
+        if of.is_empty() { 0..0 } else { at(of.start)..at(of.end - 1) + PANEL }
+    }
+}
+
 /// A packed matrix of `outputs × inputs`.
 #[derive(Debug)]
 pub struct Panels {
-    inputs: usize,
-    outputs: usize,
+    shape: Shape,
     data: Data,
 }
 
-/// `[⌈outputs / PANEL⌉, inputs, PANEL]` values, zero where the last panel is not full, or integers and scales.
+/// `[⌈outputs / strip⌉, inputs, strip]` values, zero where the last panel is not full, or integers and scales in panels.
 #[derive(Debug)]
 enum Data {
     F32(Pages<f32>),
@@ -46,8 +78,8 @@ impl Panels {
     ///
     /// # Panics
     /// If the source is in blocks, whose values stand in rows: see [`Panels::pack_rows`].
-    pub fn pack(source: &Weight, outputs: usize, inputs: usize, at: impl Fn(usize, usize) -> usize + Sync) -> Self {
-        let (shape, bytes) = ((outputs, inputs), source.bytes());
+    pub fn pack(source: &Weight, shape: Shape, at: impl Fn(usize, usize) -> usize + Sync) -> Self {
+        let bytes = source.bytes();
         let word = |at| f32::from_le(&bytes[4 * at..]);
         let whole = |exact: &dyn Fn(f32) -> bool| (0..source.len()).all(|at| exact(word(at)));
         let data = match source.kind() {
@@ -63,29 +95,26 @@ impl Panels {
             Kind::BF16 => Data::BF16(pack(shape, |o, i| bf16::from_le(&bytes[2 * at(o, i)..]))),
             kind => panic!("{kind} can only be packed in rows"),
         };
-        Self { inputs, outputs, data }
+        Self { shape, data }
     }
 
     /// Packs `source [outputs, inputs]`, of any kind.
-    pub fn pack_rows(source: &Weight, outputs: usize, inputs: usize) -> Self {
+    pub fn pack_rows(source: &Weight, shape: Shape) -> Self {
         let kind = source.kind();
         if kind.block() == 1 {
-            return Self::pack(source, outputs, inputs, |o, i| o * inputs + i);
+            return Self::pack(source, shape, |o, i| o * shape.inputs + i);
         }
-        let quants = Quants::pack(kind, (outputs, inputs), source.bytes());
-        Self { inputs, outputs, data: Data::Quants(quants) }
+        let quants = Quants::pack(kind, (shape.outputs, shape.inputs), source.bytes());
+        // Integers of four inputs stand together, hardly ever all for zeros.
+        Self { shape: Shape { strip: PANEL, ..shape }, data: Data::Quants(quants) }
     }
 
     pub fn outputs(&self) -> usize {
-        self.outputs
+        self.shape.outputs
     }
 
     pub fn inputs(&self) -> usize {
-        self.inputs
-    }
-
-    fn panels(&self) -> usize {
-        self.outputs.div_ceil(PANEL)
+        self.shape.inputs
     }
 
     #[cfg(test)]
@@ -94,11 +123,12 @@ impl Panels {
     }
 }
 
-fn pack<T: Stored>((outputs, inputs): (usize, usize), value: impl Fn(usize, usize) -> T + Sync) -> Pages<T> {
-    let mut data = Pages::zeroed(outputs.div_ceil(PANEL) * inputs * PANEL);
-    parallel_chunks(&mut data, (inputs * PANEL).max(1), |panel, data| {
-        for (input, data) in data.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
-            let outputs = panel * PANEL..outputs.min((panel + 1) * PANEL);
+fn pack<T: Stored>(shape: Shape, value: impl Fn(usize, usize) -> T + Sync) -> Pages<T> {
+    let Shape { outputs, inputs, strip } = shape;
+    let mut data = Pages::zeroed(outputs.div_ceil(strip) * inputs * strip);
+    parallel_chunks(&mut data, (inputs * strip).max(1), |n, data| {
+        for (input, data) in data.chunks_exact_mut(strip).enumerate() {
+            let outputs = n * strip..outputs.min((n + 1) * strip);
             data.iter_mut().zip(outputs).for_each(|(to, output)| *to = value(output, input));
         }
     });
@@ -118,79 +148,100 @@ impl<'a> Product<'a> {
     /// # Panics
     /// If x does not hold whole rows, or `out` not one for each.
     pub fn new(w: &'a Panels, x: &'a [f32], out: &'a mut [f32], then: Option<Activation>) -> Self {
-        let rows = x.len() / w.inputs;
-        assert_eq!(x.len(), rows * w.inputs, "x holds whole rows");
-        assert_eq!(out.len(), rows * w.outputs, "one output row for each row of x");
+        let rows = x.len() / w.inputs();
+        assert_eq!(x.len(), rows * w.inputs(), "x holds whole rows");
+        assert_eq!(out.len(), rows * w.outputs(), "one output row for each row of x");
         Self { w, x, out: Shared::new(out), then, life: PhantomData }
     }
 
     fn rows(&self) -> usize {
-        self.x.len() / self.w.inputs
+        self.x.len() / self.w.inputs()
     }
 
     fn work(&self) -> usize {
-        self.x.len() * self.w.outputs
+        self.x.len() * self.w.outputs()
     }
 
-    /// Panels that can be computed each by itself, in one pass with those of other products. Many rows of single values need passes of
+    /// Strips that can be computed each by itself, in one pass with those of other products. Many rows of single values need passes of
     /// their own.
-    fn panels(&self) -> usize {
+    fn strips(&self) -> usize {
         let single = self.rows() <= tile::few() || matches!(self.w.data, Data::Quants(_));
-        if single { self.w.panels() } else { 0 }
+        if single { self.w.outputs().div_ceil(self.w.shape.strip) } else { 0 }
     }
 
-    /// Computes one of those; where weights are quantised, from `rounded`.
-    fn panel(&self, panel: usize, rounded: &Activations) {
-        let inputs = self.w.inputs;
-        let of = panel * inputs * PANEL..(panel + 1) * inputs * PANEL;
-        self.put(panel, |sums| match &self.w.data {
-            Data::F32(data) => tile::few_rows(&data[of], (self.x, inputs), sums),
-            Data::F16(data) => tile::few_rows(&data[of], (self.x, inputs), sums),
-            Data::BF16(data) => tile::few_rows(&data[of], (self.x, inputs), sums),
-            Data::Quants(quants) => quants.with_form(dots::Panel { panel, x: rounded, sums }),
-        });
-    }
-
-    /// Writes what `compute` makes of the sums of a panel, `[rows, PANEL]`, which are 0 at first.
-    fn put(&self, panel: usize, compute: impl FnOnce(&mut [[f32; PANEL]])) {
-        thread_local! {
-            static SUMS: RefCell<Vec<[f32; PANEL]>> = const { RefCell::new(Vec::new()) };
+    /// Gets x ready for [`Product::strip`].
+    fn prepare(&self, ready: &mut Ready) {
+        match &self.w.data {
+            Data::Quants(quants) => ready.rounded.set(self.x, self.w.inputs(), quants.rounding()),
+            _ if self.w.shape.strip > PANEL => sparse::find_active(self.x, self.w.inputs(), &mut ready.active),
+            _ => {}
         }
-        let (first, outputs) = (panel * PANEL, self.w.outputs);
-        let width = PANEL.min(outputs - first);
-        SUMS.with_borrow_mut(|sums| {
-            sums.clear();
-            sums.resize(self.rows(), [0.0; PANEL]);
-            compute(sums);
-            for (row, sums) in sums.iter().enumerate() {
-                // SAFETY: each (row, panel) pair is written by one task only.
-                let out = unsafe { self.out.part(row * outputs + first, width) };
-                out.copy_from_slice(&sums[..width]);
-                if let Some(f) = self.then {
-                    f.apply(out);
-                }
+    }
+
+    /// Computes one of those.
+    fn strip(&self, strip: usize, ready: &Ready) {
+        match &self.w.data {
+            Data::F32(data) => self.values(data, strip, &ready.active),
+            Data::F16(data) => self.values(data, strip, &ready.active),
+            Data::BF16(data) => self.values(data, strip, &ready.active),
+            Data::Quants(quants) => self.put(strip * PANEL, |sums| {
+                quants.with_form(dots::Panel { panel: strip, x: &ready.rounded, sums });
+            }),
+        }
+    }
+
+    fn values<T: Stored>(&self, data: &[T], strip: usize, active: &[u32]) {
+        let (inputs, width) = (self.w.inputs(), self.w.shape.strip);
+        let weights = &data[strip * inputs * width..][..inputs * width];
+        if width == PANEL {
+            self.put(strip * PANEL, |sums| tile::few_rows(weights, (self.x, inputs), sums));
+        } else {
+            self.put(strip * width, |sums| sparse::few_rows((weights, width), (self.x, inputs), active, sums));
+        }
+    }
+
+    /// Writes what `compute` makes of sums of as many outputs from `first` on, `[rows, N]`, which are 0 at first.
+    fn put<const N: usize>(&self, first: usize, compute: impl FnOnce(&mut [[f32; N]])) {
+        thread_local! {
+            static SUMS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+        }
+        let outputs = self.w.outputs();
+        let width = self.w.shape.strip.min(N).min(outputs - first);
+        let mut buffer = SUMS.take();
+        buffer.clear();
+        buffer.resize(self.rows() * N, 0.0);
+        let sums = buffer.as_chunks_mut().0;
+        compute(sums);
+        for (row, sums) in sums.iter().enumerate() {
+            // SAFETY: each row's outputs are written by one task only.
+            let out = unsafe { self.out.part(row * outputs + first, width) };
+            out.copy_from_slice(&sums[..width]);
+            if self.w.shape.strip > PANEL {
+                // A sum of which products with zero were left out may be a zero with the other sign.
+                out.iter_mut().for_each(|sum| *sum += 0.0);
             }
-        });
+            if let Some(f) = self.then {
+                f.apply(out);
+            }
+        }
+        SUMS.set(buffer);
     }
 
     /// Computes the whole from many rows of single values.
     fn many<T: Stored>(&self, data: &[T]) {
-        let (inputs, rows) = (self.w.inputs, self.rows());
-        let part = |panel: usize, of: Range<usize>| {
-            &data[(panel * inputs + of.start) * PANEL..(panel * inputs + of.end) * PANEL]
-        };
+        let (shape, inputs, rows) = (self.w.shape, self.w.inputs(), self.rows());
         let many = |x: &[f32], apart: bool| {
-            parallel(self.w.panels(), self.work(), |panel| {
-                self.put(panel, |sums| {
+            parallel(shape.panels(), self.work(), |panel| {
+                self.put(panel * PANEL, |sums| {
                     let mut unpacked = [0f32; STRETCH * PANEL];
                     for first in (0..inputs).step_by(STRETCH) {
                         let of = first..inputs.min(first + STRETCH);
                         let unpacked = &mut unpacked[..of.len() * PANEL];
-                        tile::unpack(part(panel, of.clone()), unpacked);
+                        tile::unpack(&data[shape.part(panel, of.clone())], shape.strip, unpacked);
                         // While these are at work, memory gives the next ones.
-                        let next = bytes(part(panel, of.end..inputs.min(of.end + STRETCH)));
+                        let next = &data[shape.part(panel, of.end..inputs.min(of.end + STRETCH))];
                         let x = if apart { (&x[first * rows..], of.len()) } else { (&x[first..], inputs) };
-                        tile::many_rows(unpacked, x, sums, next);
+                        tile::many_rows(unpacked, x, sums, (bytes(next), shape.strip * T::BYTES));
                     }
                 });
             });
@@ -200,34 +251,43 @@ impl<'a> Product<'a> {
     }
 }
 
+/// What a product's strips are computed from, made of x.
+#[derive(Default)]
+struct Ready {
+    /// Where weights are quantised.
+    rounded: Activations,
+    /// The inputs that are not zero, where they are few.
+    active: Vec<u32>,
+}
+
 /// Computes products that do not depend on each other, of few rows in a single pass.
 pub fn multiply_all<'a>(products: impl Iterator<Item = &'a Product<'a>> + Clone + Sync) {
     thread_local! {
-        static ROUNDED: Cell<Vec<Activations>> = const { Cell::new(Vec::new()) };
+        static READY: Cell<Vec<Ready>> = const { Cell::new(Vec::new()) };
     }
-    let mut rounded = ROUNDED.take();
-    rounded.resize_with(rounded.len().max(products.clone().count()), Activations::default);
-    let (mut panels, mut work) = (0, 0);
-    for (product, rounded) in products.clone().zip(&mut rounded) {
+    let mut ready = READY.take();
+    ready.resize_with(ready.len().max(products.clone().count()), Ready::default);
+    let (mut strips, mut work) = (0, 0);
+    for (product, ready) in products.clone().zip(&mut ready) {
         match &product.w.data {
-            Data::Quants(quants) => rounded.set(product.x, product.w.inputs, quants.rounding()),
-            _ if product.panels() > 0 => {}
+            _ if product.strips() > 0 => product.prepare(ready),
             Data::F32(data) => product.many(data),
             Data::F16(data) => product.many(data),
             Data::BF16(data) => product.many(data),
+            Data::Quants(_) => {}
         }
-        panels += product.panels();
+        strips += product.strips();
         work += product.work();
     }
-    parallel(panels, work, |mut n| {
-        for (product, rounded) in products.clone().zip(&rounded) {
-            if n < product.panels() {
-                return product.panel(n, rounded);
+    parallel(strips, work, |mut n| {
+        for (product, ready) in products.clone().zip(&ready) {
+            if n < product.strips() {
+                return product.strip(n, ready);
             }
-            n -= product.panels();
+            n -= product.strips();
         }
     });
-    ROUNDED.set(rounded);
+    READY.set(ready);
 }
 
 /// `out [rows, outputs] = x [rows, inputs] · wᵀ`.
@@ -295,7 +355,7 @@ mod tests {
             let source = weights(Kind::ALL[kind], shape, seed);
             let all = source.to_f32();
             let at = |o: usize, i: usize| if in_out { i * outputs + o } else { o * inputs + i };
-            let w = Panels::pack(&source, outputs, inputs, at);
+            let w = Panels::pack(&source, Shape::new(outputs, inputs), at);
             check(&w, |o, i| all[at(o, i)], &values(rows * inputs, seed ^ 77));
         }
 
@@ -305,7 +365,7 @@ mod tests {
         ) {
             let source = weights(Kind::ALL[kind], [PANEL, inputs], seed);
             let x = values(rows * inputs, seed ^ 5);
-            let w = Panels::pack_rows(&source, PANEL, inputs);
+            let w = Panels::pack_rows(&source, Shape::new(PANEL, inputs));
             let all = match &w.data {
                 Data::F32(data) => widths(data, &x, inputs),
                 Data::F16(data) => widths(data, &x, inputs),
@@ -324,6 +384,32 @@ mod tests {
         }
     }
 
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn what_is_not_read_for_zeros_changes_no_bit(
+            kind in 0usize..3, rows in 1usize..9, inputs in 1usize..300, panels in 1usize..10, zeros in 0u32..100, seed: u32,
+        ) {
+            let outputs = panels * PANEL;
+            let source = weights(Kind::ALL[kind], [outputs, inputs], seed);
+            let mut x = values(rows * inputs, seed ^ 3);
+            let drop = values(rows * inputs, seed ^ 4);
+            x.iter_mut().zip(drop).filter(|(_, drop)| *drop < zeros as f32 / 50.0 - 1.0).for_each(|(x, _)| *x = 0.0);
+            let product = |shape, x: &[f32]| {
+                let mut out = vec![f32::NAN; x.len() / inputs * outputs];
+                matmul(&Panels::pack_rows(&source, shape), x, &mut out);
+                out.into_iter().map(|value| (value + 0.0).to_bits()).collect::<Vec<_>>()
+            };
+            let (dense, sparse) = (Shape::new(outputs, inputs), Shape::sparse(outputs, inputs));
+            let all = product(dense, &x);
+            prop_assert_eq!(&product(sparse, &x), &all);
+            for rows in 1..rows.min(5) {
+                prop_assert_eq!(&product(sparse, &x[..rows * inputs]), &all[..rows * outputs], "{} rows", rows);
+            }
+        }
+    }
+
     /// What every width there is makes of few rows, and of values that are unpacked first.
     fn widths<T: Stored>(weights: &[T], x: &[f32], inputs: usize) -> Vec<Vec<[f32; PANEL]>> {
         let mut all = Vec::new();
@@ -335,7 +421,7 @@ mod tests {
                 ($width:ty) => {{
                     let mut unpacked = vec![f32::NAN; weights.len()];
                     // SAFETY: the processor has the features.
-                    unsafe { tile::unpack_of::<$width, T>(weights, &mut unpacked) };
+                    unsafe { tile::unpack_of::<$width, T>(weights, PANEL, &mut unpacked) };
                     let mut sums = vec![[0f32; PANEL]; 2 * rows];
                     let (few, many) = sums.split_at_mut(rows);
                     // SAFETY: as above.
@@ -346,7 +432,7 @@ mod tests {
                             _ => tile::few_of::<$width, T, 3>(weights, (x, inputs), few),
                         }
                     }
-                    tile::many_rows(&unpacked, (x, inputs), many, &[]);
+                    tile::many_rows(&unpacked, (x, inputs), many, (&[], 0));
                     assert_eq!(few, many);
                     sums.truncate(rows);
                     all.push(sums);
@@ -370,7 +456,7 @@ mod tests {
         for kind in [Kind::F16, Kind::BF16] {
             let narrow = weights(kind, [outputs, inputs], 8);
             let wide = Weight::from_f32(narrow.shape(), &narrow.to_f32());
-            let [narrow, wide] = [narrow, wide].map(|weight| Panels::pack_rows(&weight, outputs, inputs));
+            let [narrow, wide] = [narrow, wide].map(|weight| Panels::pack_rows(&weight, Shape::new(outputs, inputs)));
             assert_eq!(std::mem::discriminant(&narrow.data), std::mem::discriminant(&wide.data));
             for x in [&x[..inputs], &x[..]] {
                 let [narrow, wide] = [&narrow, &wide].map(|w| {
@@ -381,7 +467,7 @@ mod tests {
                 assert_eq!(narrow, wide);
             }
         }
-        let whole = Panels::pack_rows(&weights(Kind::F32, [outputs, inputs], 8), outputs, inputs);
+        let whole = Panels::pack_rows(&weights(Kind::F32, [outputs, inputs], 8), Shape::new(outputs, inputs));
         assert!(matches!(whole.data, Data::F32(_)));
     }
 
@@ -389,7 +475,7 @@ mod tests {
     fn threads_do_not_change_a_bit() {
         let (inputs, outputs) = (256, 1000);
         for kind in [Kind::F16, Kind::Q8_0, Kind::Q4_0, Kind::Q6K] {
-            let w = Panels::pack_rows(&weights(kind, [outputs, inputs], 3), outputs, inputs);
+            let w = Panels::pack_rows(&weights(kind, [outputs, inputs], 3), Shape::new(outputs, inputs));
             for rows in [5, 50] {
                 let x = values(rows * inputs, 4);
                 let run = |threads| {

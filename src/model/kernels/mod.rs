@@ -22,6 +22,7 @@ mod quants;
 mod random;
 #[cfg(target_arch = "x86_64")]
 mod simd;
+mod sparse;
 mod team;
 mod tile;
 mod tiny_attention;
@@ -39,7 +40,7 @@ pub use deep_embed::{multiply_by_matrices, multiply_by_rows};
 pub use elementwise::{Activation, activate, add, multiply, token_shift, token_shift_added};
 pub use embed_attention::{Queries, Stretch, attend, mean_of, tanh_all};
 pub use kind::Kind;
-pub use matmul::{Panels, Product, matmul, multiply_all};
+pub use matmul::{Panels, Product, Shape, matmul, multiply_all};
 pub use norm::layer_norm;
 pub use pages::Pages;
 pub use team::Team;

@@ -9,10 +9,6 @@ use super::{Arith, Plain};
 /// Bytes that are fetched from memory ahead of those that are used: processors look ahead no further than a page.
 #[cfg(target_arch = "x86_64")]
 pub const AHEAD: usize = 4096;
-/// Bytes that memory gives at once.
-#[cfg(target_arch = "x86_64")]
-const LINE: usize = 64;
-
 /// Up to how many rows are few: unpacking in registers is then quicker than doing it once for all of them.
 pub fn few() -> usize {
     #[cfg(target_arch = "x86_64")]
@@ -84,36 +80,38 @@ pub unsafe fn few_of<V: Vector, T: Stored, const R: usize>(
     unsafe {
         let ahead = weights.as_ptr().cast::<u8>().wrapping_add(AHEAD);
         match T::BYTES {
-            2 => add::<V, T, R, 4, { 2 * PANEL }>(weights, x, (sums, 0), ahead),
-            _ => add::<V, T, R, 4, { 4 * PANEL }>(weights, x, (sums, 0), ahead),
+            2 => add::<V, T, R, 4, true>(weights, x, (sums, 0), (ahead, 2 * PANEL)),
+            _ => add::<V, T, R, 4, true>(weights, x, (sums, 0), (ahead, 4 * PANEL)),
         }
     }
 }
 
-/// `out` = as many values as f32.
-pub fn unpack<T: Stored>(values: &[T], out: &mut [f32]) {
+/// `out [inputs, PANEL]` = as many values as f32, those of an input `stride` after those of the one before.
+pub fn unpack<T: Stored>(values: &[T], stride: usize, out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-        fn wide<T: Stored>(values: &[T], out: &mut [f32]) {
+        fn wide<T: Stored>(values: &[T], stride: usize, out: &mut [f32]) {
             // SAFETY: the features are there.
-            unsafe { unpack_of::<Wide, T>(values, out) }
+            unsafe { unpack_of::<Wide, T>(values, stride, out) }
         }
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn narrow<T: Stored>(values: &[T], out: &mut [f32]) {
+        fn narrow<T: Stored>(values: &[T], stride: usize, out: &mut [f32]) {
             // SAFETY: the features are there.
-            unsafe { unpack_of::<Narrow, T>(values, out) }
+            unsafe { unpack_of::<Narrow, T>(values, stride, out) }
         }
         if super::wide() {
             // SAFETY: the processor has these features.
-            return unsafe { wide(values, out) };
+            return unsafe { wide(values, stride, out) };
         }
         if super::fused() {
             // SAFETY: the processor has these features.
-            return unsafe { narrow(values, out) };
+            return unsafe { narrow(values, stride, out) };
         }
     }
-    out.iter_mut().zip(values).for_each(|(out, value)| *out = value.to_f32());
+    for (out, values) in out.as_chunks_mut::<PANEL>().0.iter_mut().zip(values.chunks(stride)) {
+        out.iter_mut().zip(values).for_each(|(out, value)| *out = value.to_f32());
+    }
 }
 
 /// [`unpack`] in registers of one width.
@@ -122,17 +120,20 @@ pub fn unpack<T: Stored>(values: &[T], out: &mut [f32]) {
 /// As [`Vector`].
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub unsafe fn unpack_of<V: Vector, T: Stored>(values: &[T], out: &mut [f32]) {
-    assert!(values.len() == out.len() && out.len().is_multiple_of(PANEL));
-    for at in (0..out.len()).step_by(V::LANES) {
-        // SAFETY: the caller has looked for the features; so many values from `at` are inside both.
-        unsafe { T::load::<V>(values.as_ptr().add(at)).store(out.as_mut_ptr().add(at)) };
+pub unsafe fn unpack_of<V: Vector, T: Stored>(values: &[T], stride: usize, out: &mut [f32]) {
+    let out = out.as_chunks_mut::<PANEL>().0;
+    assert!(out.is_empty() || values.len() >= (out.len() - 1) * stride + PANEL);
+    for (input, out) in out.iter_mut().enumerate() {
+        for at in (0..PANEL).step_by(V::LANES) {
+            // SAFETY: the caller has looked for the features; so many values from `at` are inside both.
+            unsafe { T::load::<V>(values.as_ptr().add(input * stride + at)).store(out.as_mut_ptr().add(at)) };
+        }
     }
 }
 
 /// Adds to `sums [rows, PANEL]` what as many rows of `x`, `stride` apart, and `weights [inputs, PANEL]` make, and meanwhile asks
-/// memory for `next`.
-pub fn many_rows(weights: &[f32], x: (&[f32], usize), sums: &mut [[f32; PANEL]], next: &[u8]) {
+/// memory for what is `next`: of each input so many bytes after that of the one before.
+pub fn many_rows(weights: &[f32], x: (&[f32], usize), sums: &mut [[f32; PANEL]], next: (&[u8], usize)) {
     #[cfg(target_arch = "x86_64")]
     {
         if super::wide() {
@@ -157,16 +158,17 @@ pub fn many_rows(weights: &[f32], x: (&[f32], usize), sums: &mut [[f32; PANEL]],
 /// Twelve rows and two vectors at a time fill the 32 registers of AVX-512.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-fn many_wide(weights: &[f32], (x, stride): (&[f32], usize), sums: &mut [[f32; PANEL]], next: &[u8]) {
+fn many_wide(weights: &[f32], (x, stride): (&[f32], usize), sums: &mut [[f32; PANEL]], next: (&[u8], usize)) {
+    let next = (next.0.as_ptr(), next.1);
     for (n, sums) in sums.chunks_mut(12).enumerate() {
         let x = (&x[n * 12 * stride..], stride);
         macro_rules! rows {
             ($($rows:literal)*) => {
                 match (sums.len(), n) {
                     // SAFETY: the features are there.
-                    $(($rows, 0) => unsafe { add::<Wide, f32, $rows, 2, LINE>(weights, x, (sums, 0), next.as_ptr()) },
+                    $(($rows, 0) => unsafe { add::<Wide, f32, $rows, 2, true>(weights, x, (sums, 0), next) },
                     // SAFETY: as above.
-                    ($rows, _) => unsafe { add::<Wide, f32, $rows, 2, 0>(weights, x, (sums, 0), next.as_ptr()) },)*
+                    ($rows, _) => unsafe { add::<Wide, f32, $rows, 2, false>(weights, x, (sums, 0), next) },)*
                     _ => unreachable!("a chunk has 1 to 12 rows"),
                 }
             };
@@ -178,7 +180,8 @@ fn many_wide(weights: &[f32], (x, stride): (&[f32], usize), sums: &mut [[f32; PA
 /// Six rows and two vectors at a time fill the 16 registers of AVX2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn many_narrow(weights: &[f32], (x, stride): (&[f32], usize), sums: &mut [[f32; PANEL]], next: &[u8]) {
+fn many_narrow(weights: &[f32], (x, stride): (&[f32], usize), sums: &mut [[f32; PANEL]], next: (&[u8], usize)) {
+    let next = (next.0.as_ptr(), next.1);
     for (n, sums) in sums.chunks_mut(6).enumerate() {
         let x = (&x[n * 6 * stride..], stride);
         for first in [0, PANEL / 2] {
@@ -186,9 +189,9 @@ fn many_narrow(weights: &[f32], (x, stride): (&[f32], usize), sums: &mut [[f32; 
                 ($($rows:literal)*) => {
                     match (sums.len(), n + first) {
                         // SAFETY: the features are there.
-                        $(($rows, 0) => unsafe { add::<Narrow, f32, $rows, 2, LINE>(weights, x, (sums, 0), next.as_ptr()) },
+                        $(($rows, 0) => unsafe { add::<Narrow, f32, $rows, 2, true>(weights, x, (sums, 0), next) },
                         // SAFETY: as above.
-                        ($rows, _) => unsafe { add::<Narrow, f32, $rows, 2, 0>(weights, x, (sums, first), next.as_ptr()) },)*
+                        ($rows, _) => unsafe { add::<Narrow, f32, $rows, 2, false>(weights, x, (sums, first), next) },)*
                         _ => unreachable!("a chunk has 1 to 6 rows"),
                     }
                 };
@@ -199,18 +202,18 @@ fn many_narrow(weights: &[f32], (x, stride): (&[f32], usize), sums: &mut [[f32; 
 }
 
 /// Adds to the `sums` of R rows, from the output `first` on, at most G vectors of what those rows of `x`, `stride` apart, and
-/// `weights [inputs, PANEL]` make. Meanwhile memory is asked for `next`, a line every
-/// `FETCH` bytes and input, if that is not 0.
+/// `weights [inputs, PANEL]` make. Where it is to `FETCH`, memory is asked meanwhile for a line of what is `next`, so many bytes on
+/// for each input.
 ///
 /// # Safety
 /// As [`Vector`].
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub unsafe fn add<V: Vector, T: Stored, const R: usize, const G: usize, const FETCH: usize>(
+pub unsafe fn add<V: Vector, T: Stored, const R: usize, const G: usize, const FETCH: bool>(
     weights: &[T],
     (x, stride): (&[f32], usize),
     (sums, first): (&mut [[f32; PANEL]], usize),
-    next: *const u8,
+    next: (*const u8, usize),
 ) {
     let inputs = weights.len() / PANEL;
     // Known to the compiler, as the registers have to be.
@@ -227,8 +230,8 @@ pub unsafe fn add<V: Vector, T: Stored, const R: usize, const G: usize, const FE
         }
         let (mut w, x) = (weights.as_ptr().add(first), x.as_ptr());
         for input in 0..inputs {
-            if FETCH > 0 {
-                fetch(next.wrapping_add(input * FETCH));
+            if FETCH {
+                fetch(next.0.wrapping_add(input * next.1));
             }
             let mut weight = [V::splat(0.0); G];
             for (v, weight) in weight.iter_mut().enumerate().take(vectors) {
