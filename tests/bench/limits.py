@@ -11,7 +11,7 @@ length:    --tokens through one stream: processor time and memory of each tenth.
 drafts:    answers with drafts and without, in turns, over texts that drafts foretell never, half of the time, and always.
 """
 
-import argparse, json, os, pathlib, statistics, struct, subprocess, sys, time
+import argparse, http.client, json, os, pathlib, statistics, struct, subprocess, sys, time
 
 from peers import ROOT, WORK, Crowd, Stream, alone, ids, rewake
 
@@ -137,12 +137,23 @@ def length(args, model):
 TEXTS = {"any token": {}, "one of two": {"logit_bias": {"100": 100, "200": 100}}, "always the same": {"logit_bias": {"100": 100}}}
 
 
+DRAFTED = ("rewake_drafted_tokens_total", "rewake_drafted_tokens_accepted_total")
+
+
+def drafted(server):
+    """Tokens that were drafted so far, and those of them that were right."""
+    asked = http.client.HTTPConnection("127.0.0.1", server.port)
+    asked.request("GET", "/metrics")
+    lines = [line.rsplit(" ", 1) for line in asked.getresponse().read().decode().splitlines() if line]
+    return [sum(float(n) for name, n in lines if name.split("{")[0] == kind) for kind in DRAFTED]
+
+
 def drafts(args, model):
     setting = "REWAKE_ENGINE__SPECULATION"
     starts = lambda setting: rewake(args.rewake, model, args.threads, setting=setting)
     with starts(f"{setting}=true") as on, starts(f"{setting}=false") as off:
         for streams in (1, 4):
-            for title, text in TEXTS.items():
+            for title, text in ((title, TEXTS[title]) for title in args.texts):
 
                 def pair(run):
                     speeds = []
@@ -156,9 +167,13 @@ def drafts(args, model):
                     return speeds if run % 2 else speeds[::-1]
 
                 pair(-1)
+                before = drafted(on)
                 runs = [pair(run) for run in range(args.runs)]
+                tokens = args.runs * streams * args.new
+                told = [(after - before) / tokens for before, after in zip(before, drafted(on))]
                 line(f"{streams} at once, {title}: tokens/s without", [b for _, b in runs], "{:.1f}")
                 line(f"{streams} at once, {title}: with / without", [a / b for a, b in runs])
+                print(f"    drafted a token {told[0]:.3f}, right {told[1]:.3f}", flush=True)
 
 
 PARTS = {"neighbour": neighbour, "memory": memory, "length": length, "drafts": drafts}
@@ -173,6 +188,7 @@ def main():
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of length")
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), help="of drafts")
     parser.add_argument("--new", type=int, default=128, help="tokens of each answer of drafts")
     args = parser.parse_args()
     for model in args.models:
