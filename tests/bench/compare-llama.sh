@@ -20,7 +20,7 @@ mkdir -p "$work"
 python=$work/venv/bin/python
 if [ ! -x "$python" ]; then
     python3 -m venv "$work/venv"
-    "$python" -m pip install --quiet cmake ninja
+    "$python" -m pip install --quiet cmake ninja scikit-build-core
 fi
 build=$work/build
 tuned=(-DGGML_NATIVE=ON)
@@ -34,8 +34,8 @@ llama=$build/bin
 if [ ! -x "$llama/${targets[-1]}" ]; then
     source=$(compgen -G "$work/llama_cpp_python-*/vendor/llama.cpp" || true)
     if [ -z "$source" ]; then
-        "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: -d "$work" llama-cpp-python ||
-            "$python" -m pip download --quiet --no-deps --no-binary :all: -d "$work" llama-cpp-python
+        # pip asks a source distribution what it is called by its build tool, which is therefore there; nothing is built.
+        "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: -d "$work" llama-cpp-python
         tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"
         source=$(compgen -G "$work/llama_cpp_python-*/vendor/llama.cpp")
     fi
