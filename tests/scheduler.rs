@@ -271,6 +271,8 @@ impl World {
             job.seats = job.lives.iter().map(seat).collect();
             // The prompt is read in the first seat; once it is read, each choice is in its own.
             job.moved = vec![job.read == job.tokens; job.lives.len()];
+            // Whoever was parked has the last turn again.
+            job.hungry = 0;
             let owner = job.tenant;
             assert_eq!(self.queues[owner].pop_front(), Some(*id), "first come, first served within a tenant");
             self.overtaken[owner] = [0; 4];

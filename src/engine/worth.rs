@@ -41,8 +41,10 @@ impl Costs {
 
     /// A step of `tokens` tokens, none of a prompt, took so long.
     pub fn measured(&mut self, tokens: usize, took: Duration) {
+        // The first step of its length makes its buffers too. Were that believed, none would ever be tried again.
+        let most = self.of(tokens).map_or(f64::INFINITY, |expected| 2.0 * expected);
         let Some(known) = self.seconds.get_mut(tokens) else { return };
-        let took = took.as_secs_f64();
+        let took = took.as_secs_f64().min(most);
         if *known == 0.0 {
             *known = took;
         }
@@ -133,6 +135,16 @@ mod tests {
     }
 
     #[test]
+    fn the_first_step_of_a_length_is_not_believed_whatever_it_takes() {
+        let mut costs = costs(&[(1, 200), (8, 20_000)]);
+        assert!(costs.best(ahead(1, 0.95), 7) > 0, "it is tried again");
+        (0..50).for_each(|_| costs.measured(8, Duration::from_micros(400)));
+        assert_eq!(costs.best(ahead(1, 0.95), 7), 7);
+        (0..50).for_each(|_| costs.measured(8, Duration::from_micros(20_000)));
+        assert_eq!(costs.best(ahead(1, 0.95), 7), 0, "it is dear indeed");
+    }
+
+    #[test]
     fn a_draft_must_earn_what_it_costs() {
         let cheap = costs(&[(1, 1000), (8, 1200), (16, 1400), (64, 3000)]);
         assert_eq!(cheap.best(ahead(1, 0.95), 7), 7);
@@ -143,7 +155,7 @@ mod tests {
         assert_eq!(cheap.best(ahead(16, 0.3), 7), 0);
         assert!(cheap.best(ahead(60, 1.0), 7) <= 4, "nothing is known beyond");
         // Where arithmetic is the limit there is nothing to be had.
-        let dear = costs(&[(1, 1000), (8, 8000), (16, 16000)]);
+        let dear = costs(&[(1, 1000), (8, 8000), (16, 16000)].repeat(50));
         assert_eq!(dear.best(ahead(1, 0.95), 7), 0);
         assert_eq!(Costs::new().best(ahead(1, 1.0), 7), 0, "a step without is measured first");
         // What waits already is read again too.
