@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use proptest::prelude::*;
-use rewake::scheduler::{Error, JobId, Limits, Need, Next, Plan, Scheduler, Seat};
+use rewake::scheduler::{Busy, Error, JobId, Limits, Need, Next, Plan, Scheduler, Seat};
 use rewake::types::Tenant;
 
 /// What the world does to the scheduler.
@@ -99,13 +99,17 @@ struct World {
     /// For each tenant that waits: how often each other one was admitted since it came or had its last turn.
     overtaken: [[usize; 4]; 4],
     next: u64,
+    steps: usize,
 }
+
+/// What there is room for beside those who decode, by steps.
+const ROOM: [usize; 7] = [usize::MAX, 2, 0, usize::MAX, 7, 1, 0];
 
 impl World {
     fn new(limits: Limits, passes: usize) -> Self {
         let scheduler = Scheduler::new(limits).passing(passes);
-        let (jobs, queues, overtaken, next) = (BTreeMap::new(), Default::default(), [[0; 4]; 4], 0);
-        Self { limits, passes, scheduler, jobs, queues, overtaken, next }
+        let (jobs, queues, overtaken) = (BTreeMap::new(), Default::default(), [[0; 4]; 4]);
+        Self { limits, passes, scheduler, jobs, queues, overtaken, next: 0, steps: 0 }
     }
 
     fn apply(&mut self, op: &Op) -> Option<Plan> {
@@ -225,7 +229,20 @@ impl World {
 
     fn step(&mut self) -> Plan {
         let free = self.scheduler.free_seats();
-        let plan = self.scheduler.plan();
+        let room = ROOM[self.steps % ROOM.len()];
+        self.steps += 1;
+        let mut told = None;
+        let plan = self.scheduler.plan_within(|busy| {
+            told = Some(busy);
+            room
+        });
+        let decoding = plan.spans.iter().filter(|span| span.choice.is_some());
+        let (streams, tokens) = (decoding.clone().count(), decoding.map(|span| span.tokens.len()).sum());
+        let prompts = self.jobs.iter().filter(|(id, job)| {
+            let admitted = !job.seats.is_empty() || plan.admitted.iter().any(|(admitted, _)| admitted == *id);
+            admitted && job.read < job.tokens
+        });
+        assert_eq!(told, (streams > 0).then_some(Busy { streams, tokens, prompts: prompts.count() }));
         assert_eq!(
             plan.spans.is_empty(),
             self.jobs.values().all(|job| job.parked),
@@ -233,7 +250,7 @@ impl World {
         );
         self.seat(&plan, free);
         self.decode(&plan);
-        self.read(&plan);
+        self.read(&plan, room);
         self.compare();
         self.commit(&plan);
         self.compare();
@@ -286,9 +303,9 @@ impl World {
     }
 
     /// Prompt tokens: contiguous, once each, all of the budget that can be used, fairly shared.
-    fn read(&mut self, plan: &Plan) {
+    fn read(&mut self, plan: &Plan, room: usize) {
         let decoding = plan.spans.iter().filter(|span| span.choice.is_some()).count();
-        let budget = if decoding > 0 { self.limits.busy_budget } else { self.limits.budget };
+        let budget = if decoding > 0 { self.limits.busy_budget.min(room) } else { self.limits.budget };
         let mut demand = [0; 4];
         let mut share = [0; 4];
         let reading = self.jobs.values().filter(|job| job.demand(0) > 0).count();
@@ -313,9 +330,9 @@ impl World {
         }
         let sequences: BTreeSet<_> = plan.spans.iter().map(|span| (span.job, span.choice)).collect();
         assert_eq!(sequences.len(), plan.spans.len(), "one span for each sequence");
-        for job in self.jobs.values_mut().filter(|job| !job.seats.is_empty()) {
+        for job in self.jobs.values_mut().filter(|job| !job.seats.is_empty() && budget > 0) {
             job.hungry = if demand[job.tenant] == 0 || share[job.tenant] > 0 { 0 } else { job.hungry + 1 };
-            assert!(job.hungry < TENANTS.len(), "every tenant reads at least every fourth step");
+            assert!(job.hungry < TENANTS.len(), "every tenant reads at least every fourth step with room for it");
         }
     }
 

@@ -119,7 +119,7 @@ pub struct Engine {
     pub queue: usize,
     /// Prompt tokens in one step when no answer is being generated.
     pub budget: usize,
-    /// Prompt tokens in one step while answers are being generated, which wait for it.
+    /// Prompt tokens in one step at most while answers are being generated, which wait for it; the engine's pace allows fewer.
     pub busy_budget: usize,
     /// Threads that compute; 0 = one for each processor.
     pub threads: usize,
@@ -129,7 +129,7 @@ pub struct Engine {
 
 impl Default for Engine {
     fn default() -> Self {
-        Self { seats: 64, queue: 256, budget: 512, busy_budget: 64, threads: 0, speculation: Drafts::Whether(true) }
+        Self { seats: 64, queue: 256, budget: 512, busy_budget: 512, threads: 0, speculation: Drafts::Whether(true) }
     }
 }
 

@@ -10,6 +10,7 @@ mod draw;
 mod ending;
 mod live;
 mod middle;
+mod pace;
 mod park;
 mod replay;
 mod response;

@@ -5,9 +5,11 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::draw::{Draw, Drawn, Logits, Said};
 use super::live::{Choice, Live, Place, send, tell};
+use super::pace::{Load, Pace};
 use super::response::Response;
 use super::worth::{Ahead, Costs};
 use super::{Backend, Event, Failure, Gauges, Kept, Letter, Submission, middle, replay};
@@ -33,6 +35,7 @@ pub(super) struct Engine {
     ids: Vec<u32>,
     logits: Vec<f32>,
     costs: Costs,
+    pace: Pace,
 }
 
 impl Engine {
@@ -60,6 +63,7 @@ impl Engine {
             ids: Vec::new(),
             logits: Vec::new(),
             costs: Costs::new(),
+            pace: Pace::default(),
         }
     }
 
@@ -76,7 +80,7 @@ impl Engine {
             );
             let parked = self.jobs.values().filter_map(|live| live.parked.as_ref());
             metrics::parked(&self.name, parked.clone().count(), parked.map(|parked| parked.bytes).sum());
-            let plan = self.scheduler.plan();
+            let plan = self.scheduler.plan_within(|busy| self.pace.room(&self.costs, busy));
             if !plan.spans.is_empty() {
                 self.step(&plan);
             }
@@ -213,9 +217,7 @@ impl Engine {
             }
         }
         let drawn = self.sample(draws);
-        if spans.iter().all(|span| span.choice.is_some()) {
-            self.costs.measured(self.ids.len(), clock::now() - began);
-        }
+        self.measured(&spans, clock::now() - began);
         let mut ahead = Ahead { tokens: drawn.len(), streams: drawn.len(), waiting: 1, trust: 0.0 };
         for (job, index, drawn) in drawn {
             ahead.tokens += self.advance(job, index, (drawn, ahead));
@@ -224,6 +226,16 @@ impl Engine {
             self.complete(job, index);
         }
         self.logits = logits;
+    }
+
+    /// A step took so long, sampling included.
+    fn measured(&mut self, spans: &[&Span], took: Duration) {
+        let prompts = spans.iter().filter(|span| span.choice.is_none()).map(|span| span.tokens.len()).sum();
+        let load = Load { decoding: self.ids.len() - prompts, prompts };
+        if prompts == 0 {
+            self.costs.measured(load.decoding, took);
+        }
+        self.pace.measured(&self.costs, load, took);
     }
 
     /// Chooses the next tokens of every choice in `draws`, which do not depend on each other, on all processors, and puts

@@ -76,7 +76,7 @@ impl Costs {
 
     /// What a step of so many tokens takes: as measured, or between its neighbours, or beyond the last as it grew until there,
     /// by the prior at least.
-    fn of(&self, tokens: usize) -> Option<f64> {
+    pub fn of(&self, tokens: usize) -> Option<f64> {
         let known = |n: &usize| self.seconds[*n] > 0.0;
         if tokens > MOST_TOKENS {
             return None;

@@ -21,7 +21,7 @@ pub fn is_large_matrix(name: &str, shape: &[usize]) -> bool {
     name.ends_with(".weight") && matches!(shape, [rows, cols] if *rows > 1 && *cols > 1)
 }
 
-/// Values that are quantised at a time: whole blocks of every kind.
+/// Values that are cast at a time: whole blocks of every kind.
 const CHUNK: usize = 1 << 16;
 
 /// `weight` as `kind`: rounded to the nearest, or quantised as ggml does it.
@@ -33,22 +33,40 @@ pub fn cast<'a>(name: &str, weight: Weight<'a>, kind: Kind) -> Result<Weight<'a>
         return Ok(weight);
     }
     let unfit = || Error::Convert(format!("`{name}` of shape {:?} cannot be {kind}", weight.shape()));
-    let values = weight.to_f32();
-    let bytes: Vec<u8> = match kind {
-        Kind::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Kind::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
-        Kind::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
-        blocks => quantise(&values, vec![0; blocks.tensor_bytes(weight.shape()).ok_or_else(unfit)?], blocks)?,
-    };
+    let mut bytes = vec![0; kind.tensor_bytes(weight.shape()).ok_or_else(unfit)?];
+    let failed = Mutex::new(None);
+    // In parts, on all processors: so no more than the new values takes memory.
+    parallel_chunks(&mut bytes, CHUNK / kind.block() * kind.block_bytes(), |n, bytes| {
+        let mut values = vec![0f32; bytes.len() / kind.block_bytes() * kind.block()];
+        weight.unpack(n * CHUNK, &mut values);
+        if let Err(error) = write(&values, kind, bytes) {
+            *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        }
+    });
+    if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        return Err(error);
+    }
     let cast = Weight::new(kind, weight.shape(), bytes).ok_or_else(unfit)?;
     let too_large = |_| Error::Convert(format!("`{name}` holds values that are too large for {kind}"));
     cast.check_finite(name).map_err(too_large)?;
     Ok(cast)
 }
 
-/// Fills `blocks` with `values`, whose rows are whole blocks, on all processors.
-fn quantise(values: &[f32], mut blocks: Vec<u8>, kind: Kind) -> Result<Vec<u8>, Error> {
+/// Writes `values` as `kind`, whole blocks of it, into `bytes`.
+fn write(values: &[f32], kind: Kind, bytes: &mut [u8]) -> Result<(), Error> {
     let dtype = match kind {
+        Kind::F32 => {
+            each(values, bytes, f32::to_le_bytes);
+            return Ok(());
+        }
+        Kind::F16 => {
+            each(values, bytes, |v| f16::from_f32(v).to_le_bytes());
+            return Ok(());
+        }
+        Kind::BF16 => {
+            each(values, bytes, |v| bf16::from_f32(v).to_le_bytes());
+            return Ok(());
+        }
         Kind::Q8_0 => GgmlDType::Q8_0,
         Kind::Q4_0 => GgmlDType::Q4_0,
         Kind::Q4_1 => GgmlDType::Q4_1,
@@ -57,23 +75,14 @@ fn quantise(values: &[f32], mut blocks: Vec<u8>, kind: Kind) -> Result<Vec<u8>, 
         Kind::Q4K => GgmlDType::Q4K,
         Kind::Q5K => GgmlDType::Q5K,
         Kind::Q6K => GgmlDType::Q6K,
-        Kind::F32 | Kind::F16 | Kind::BF16 => return Err(Error::Convert(format!("{kind} has no blocks"))),
     };
-    let failed = Mutex::new(None);
-    parallel_chunks(&mut blocks, CHUNK / kind.block() * kind.block_bytes(), |n, blocks| {
-        let values = &values[n * CHUNK..values.len().min((n + 1) * CHUNK)];
-        let quantised = Tensor::from_slice(values, values.len(), &Device::Cpu)
-            .and_then(|values| QTensor::quantize(&values, dtype))
-            .and_then(|quantised| Ok(quantised.data()?.into_owned()));
-        match quantised {
-            Ok(quantised) => blocks.copy_from_slice(&quantised),
-            Err(error) => *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
-        }
-    });
-    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        Some(error) => Err(error.into()),
-        None => Ok(blocks),
-    }
+    let values = Tensor::from_slice(values, values.len(), &Device::Cpu)?;
+    bytes.copy_from_slice(&QTensor::quantize(&values, dtype)?.data()?);
+    Ok(())
+}
+
+fn each<const N: usize>(values: &[f32], bytes: &mut [u8], one: impl Fn(f32) -> [u8; N]) {
+    bytes.as_chunks_mut().0.iter_mut().zip(values).for_each(|(bytes, &value)| *bytes = one(value));
 }
 
 #[cfg(test)]

@@ -2,40 +2,74 @@
 
 use std::cmp::Ordering;
 
+use super::adjust::possible;
+
 /// Tokens with their logits, the best first: by descending logit, equal ones by ascending id. Every cut keeps the first
-/// few, and a draw seldom looks far; so only the beginning is ever sorted, and a vocabulary of 65,536 never is unless the
-/// coin falls into its farthest tail. The order is total, so what is sorted when does not matter to the result.
+/// few, and a draw seldom looks far; so only the beginning is ever put in order, and a vocabulary of 65,536 never is unless the
+/// coin falls into its farthest tail. The order is total, so what is ranked when does not matter to the result.
 #[derive(Debug)]
-pub(super) struct Candidates {
-    /// The first `ranked` are in order and better than the rest, which is in any order.
-    tokens: Vec<(u32, f32)>,
-    ranked: usize,
+pub(super) struct Candidates<'a> {
+    /// By id; NaN and -inf are impossible.
+    logits: &'a [f32],
+    /// How many may be drawn: so many of the best.
+    count: usize,
+    /// Whether those are fewer than what is possible.
+    cut: bool,
+    /// The best ones as far as somebody looked, in order.
+    ranked: Vec<(u32, f32)>,
     best: f32,
     temperature: f64,
 }
 
 /// How many are ranked at first; each time they do not suffice, four times as many.
 const FIRST: usize = 64;
+/// Logits that are compared at once with the worst of those kept so far.
+const STRETCH: usize = 64;
 
 fn better_first(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
     b.1.partial_cmp(&a.1).expect("possible logits are numbers").then(a.0.cmp(&b.0))
 }
 
-/// The best of `tokens`, none of which is NaN.
-pub(super) fn best(tokens: impl Iterator<Item = (u32, f32)>) -> Option<(u32, f32)> {
-    tokens.min_by(better_first)
+/// The best possible token.
+pub(super) fn best(logits: &[f32]) -> Option<u32> {
+    top(logits, 1).first().map(|&(id, _)| id)
 }
 
-impl Candidates {
-    /// `tokens` holds no NaN and is not empty; `temperature` is above 0.
-    pub fn new(tokens: Vec<(u32, f32)>, temperature: f32) -> Self {
-        let best = tokens.iter().map(|&(_, logit)| logit).fold(f32::NEG_INFINITY, f32::max);
-        Self { tokens, ranked: 0, best, temperature: f64::from(temperature) }
+/// The `count` best possible tokens, in order.
+fn top(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
+    let mut kept: Vec<(u32, f32)> = Vec::with_capacity(2 * count + STRETCH);
+    // The last of the best so far, once there are enough: a later token must be better, as of equal ones the earlier counts.
+    let mut least = f32::NEG_INFINITY;
+    for (n, stretch) in logits.chunks(STRETCH).enumerate() {
+        // Nearly always false, and without a branch for each; NaN is not better than anything.
+        if !stretch.iter().fold(false, |any, &logit| any | (logit > least)) {
+            continue;
+        }
+        let ids = (n * STRETCH) as u32..;
+        kept.extend(ids.zip(stretch.iter().copied()).filter(|&(_, logit)| logit > least));
+        if kept.len() >= 2 * count {
+            kept.select_nth_unstable_by(count - 1, better_first);
+            kept.truncate(count);
+            least = kept[count - 1].1;
+        }
+    }
+    kept.sort_unstable_by(better_first);
+    kept.truncate(count);
+    kept
+}
+
+impl<'a> Candidates<'a> {
+    /// `None` if no token is possible; `temperature` is above 0.
+    pub fn new(logits: &'a [f32], temperature: f32) -> Option<Self> {
+        let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let count = logits.iter().filter(|&&logit| possible(logit)).count();
+        let (ranked, temperature) = (Vec::new(), f64::from(temperature));
+        (count > 0).then_some(Self { logits, count, cut: false, ranked, best, temperature })
     }
 
     /// Keeps the `count` best; 0 keeps all.
     pub fn top_k(&mut self, count: usize) {
-        if (1..self.tokens.len()).contains(&count) {
+        if count > 0 {
             self.keep(count);
         }
     }
@@ -55,8 +89,16 @@ impl Candidates {
             // Not more than 1, the weight of the best, so that it is always kept.
             let least = f64::from(fraction.min(1.0));
             let (best, temperature) = (self.best, self.temperature);
-            self.tokens.retain(|&(_, logit)| weight(logit, best, temperature) >= least);
-            self.ranked = self.ranked.min(self.tokens.len());
+            let likely = |logit: f32| weight(logit, best, temperature) >= least;
+            let count = if self.cut {
+                self.rank(self.count);
+                self.ranked.iter().take(self.count).take_while(|&&(_, logit)| likely(logit)).count()
+            } else {
+                // Far below it nothing need be computed.
+                let far = f64::from(best) + temperature * (least.ln() - 1.0);
+                self.logits.iter().filter(|&&logit| f64::from(logit) >= far && likely(logit)).count()
+            };
+            self.keep(count);
         }
     }
 
@@ -64,19 +106,19 @@ impl Candidates {
     pub fn draw(mut self, coin: f64) -> u32 {
         let target = coin * self.mass();
         let index = self.first_where(|sum| sum > target);
-        self.tokens[index].0
+        self.ranked[index].0
     }
 
     /// The index of the first token at which the sum of the weights from the best one on is `enough`. The last token of
-    /// any weight, if rounding keeps the sum short of it.
+    /// any weight, if rounding keeps the sum short of it. It is ranked.
     fn first_where(&mut self, enough: impl Fn(f64) -> bool) -> usize {
         let mut sum = 0.0;
         let mut last = 0;
-        for index in 0..self.tokens.len() {
-            if index == self.ranked {
+        for index in 0..self.count {
+            if index >= self.ranked.len() {
                 self.rank((4 * index).max(FIRST));
             }
-            let weight = weight(self.tokens[index].1, self.best, self.temperature);
+            let weight = self.weight(self.ranked[index].1);
             if weight == 0.0 {
                 break;
             }
@@ -89,27 +131,31 @@ impl Candidates {
         last
     }
 
-    /// The sum of all weights. It is taken before anything is ranked (by id) or of ranked tokens only, so always in a
-    /// defined order.
-    fn mass(&self) -> f64 {
-        self.tokens.iter().map(|&(_, logit)| weight(logit, self.best, self.temperature)).sum()
+    /// The sum of all weights, by id if nothing is cut, else in order.
+    fn mass(&mut self) -> f64 {
+        if !self.cut {
+            return self.logits.iter().filter(|&&logit| possible(logit)).map(|&logit| self.weight(logit)).sum();
+        }
+        self.rank(self.count);
+        self.ranked[..self.count].iter().map(|&(_, logit)| self.weight(logit)).sum()
     }
 
     fn keep(&mut self, count: usize) {
-        self.rank(count);
-        self.tokens.truncate(count);
-        self.ranked = self.ranked.min(count);
+        if count < self.count {
+            (self.count, self.cut) = (count, true);
+        }
     }
 
-    /// Puts at least the `count` best in order.
+    /// Puts at least the `count` best that may be drawn in order.
     fn rank(&mut self, count: usize) {
-        let more = count.min(self.tokens.len()).saturating_sub(self.ranked);
-        let rest = &mut self.tokens[self.ranked..];
-        if more < rest.len() {
-            rest.select_nth_unstable_by(more, better_first);
+        let count = count.min(self.count);
+        if self.ranked.len() < count {
+            self.ranked = top(self.logits, count);
         }
-        rest[..more].sort_unstable_by(better_first);
-        self.ranked += more;
+    }
+
+    fn weight(&self, logit: f32) -> f64 {
+        weight(logit, self.best, self.temperature)
     }
 }
 
@@ -123,34 +169,47 @@ fn weight(logit: f32, best: f32, temperature: f64) -> f64 {
 mod tests {
     use super::*;
 
-    fn candidates(logits: &[f32]) -> Candidates {
-        Candidates::new((0..).zip(logits.iter().copied()).collect(), 1.0)
+    fn candidates(logits: &[f32]) -> Candidates<'_> {
+        Candidates::new(logits, 1.0).expect("something is possible")
     }
 
     /// The ids kept, in order.
-    fn ids(mut candidates: Candidates) -> Vec<u32> {
+    fn ids(mut candidates: Candidates<'_>) -> Vec<u32> {
         candidates.rank(usize::MAX);
-        candidates.tokens.iter().map(|&(id, _)| id).collect()
+        candidates.ranked[..candidates.count].iter().map(|&(id, _)| id).collect()
     }
 
     #[test]
-    fn the_order_does_not_depend_on_how_far_was_looked_before() {
-        let logits: Vec<f32> = (0..1000).map(|i| (i * 7919 % 101) as f32).collect();
-        let whole = ids(candidates(&logits));
-        assert!(whole.is_sorted_by_key(|&id| (-(logits[id as usize] as i32), id)));
-        let mut some = candidates(&logits);
-        for count in [3, 3, 70, 65, 400] {
-            some.rank(count);
-            assert_eq!(some.tokens[..count].iter().map(|t| t.0).collect::<Vec<_>>(), whole[..count]);
+    fn the_best_are_found_in_any_order_of_logits() {
+        const NO: f32 = f32::NEG_INFINITY;
+        for holes in [1, 3, 7] {
+            let logit = |i: usize| match i % holes {
+                1 => NO,
+                2 => f32::NAN,
+                _ => (i * 7919 % 101) as f32,
+            };
+            let mixed: Vec<f32> = (0..1000).map(logit).collect();
+            let (mut rising, mut falling) = (mixed.clone(), mixed.clone());
+            rising.sort_by(f32::total_cmp);
+            falling.sort_by(|a, b| b.total_cmp(a));
+            for logits in [mixed, rising, falling, vec![1.0; 300], vec![NO, f32::INFINITY, f32::NAN]] {
+                let mut whole: Vec<_> = (0..).zip(logits.iter().copied()).filter(|&(_, l)| possible(l)).collect();
+                whole.sort_by(better_first);
+                for count in [1, 2, 63, 64, 65, 300, 999, 5000] {
+                    assert_eq!(top(&logits, count), whole[..count.min(whole.len())], "{count}");
+                }
+                assert_eq!(best(&logits), Some(whole[0].0));
+            }
         }
-        assert_eq!(ids(some), whole);
+        assert_eq!(best(&[f32::NAN, NO]), None);
+        assert!(Candidates::new(&[f32::NAN, NO], 1.0).is_none() && Candidates::new(&[], 1.0).is_none());
     }
 
     #[test]
     fn each_cut_keeps_the_best() {
         // Probabilities 8/16, 4/16, 2/16, 1/16, 1/16.
         let logits: Vec<f32> = [1.0f32, 4.0, 2.0, 8.0, 1.0].map(f32::ln).to_vec();
-        let after = |cut: fn(&mut Candidates)| {
+        let after = |cut: fn(&mut Candidates<'_>)| {
             let mut candidates = candidates(&logits);
             cut(&mut candidates);
             ids(candidates)

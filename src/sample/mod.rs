@@ -36,15 +36,10 @@ pub fn sample(logits: &mut [f32], params: &Sampling, counts: &Counts, tail: &[u3
     adjust::penalise_repetition(logits, params.repetition_penalty, tail);
     adjust::penalise_occurrence(logits, params, counts);
 
-    let possible = (0..).zip(logits.iter().copied()).filter(|&(_, logit)| adjust::possible(logit));
     if params.temperature == 0.0 {
-        return candidates::best(possible).map(|(id, _)| id).ok_or(Error::NoToken);
+        return candidates::best(logits).ok_or(Error::NoToken);
     }
-    let possible: Vec<_> = possible.collect();
-    if possible.is_empty() {
-        return Err(Error::NoToken);
-    }
-    let mut candidates = Candidates::new(possible, params.temperature);
+    let mut candidates = Candidates::new(logits, params.temperature).ok_or(Error::NoToken)?;
     candidates.top_k(params.top_k);
     candidates.top_p(params.top_p);
     candidates.min_p(params.min_p);

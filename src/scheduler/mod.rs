@@ -45,7 +45,7 @@ pub struct Limits {
     pub queue: usize,
     /// Prompt tokens a step when nobody is decoding.
     pub budget: usize,
-    /// Prompt tokens a step while somebody is: what a running stream may have to wait for.
+    /// Prompt tokens a step at most while somebody is: what a running stream may have to wait for.
     pub busy_budget: usize,
 }
 
@@ -70,6 +70,17 @@ pub enum Error {
     TooLarge { needs: usize, seats: usize },
     #[error("a job has at least one token to read and one choice")]
     Empty,
+}
+
+/// What a step's prompts are read beside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Busy {
+    /// Choices that decode; not 0.
+    pub streams: usize,
+    /// Their tokens.
+    pub tokens: usize,
+    /// Prompts that are being read.
+    pub prompts: usize,
 }
 
 /// What to run in one step.
@@ -179,11 +190,21 @@ impl Scheduler {
     /// What to run in the next step; empty only when there is nothing to do. The spans count as read: if the step
     /// fails, cancel its jobs.
     pub fn plan(&mut self) -> Plan {
+        self.plan_within(|_| usize::MAX)
+    }
+
+    /// The same, with no more prompt tokens than `room` says there is for beside what decodes. 0 is no answer for ever.
+    pub fn plan_within(&mut self, room: impl FnOnce(Busy) -> usize) -> Plan {
         debug_assert!(!self.running.values().any(Job::awaits_commit), "the last plan was not committed");
         let admitted = self.admit();
         let mut spans = self.decode();
-        let budget = if spans.is_empty() { self.limits.budget } else { self.limits.busy_budget };
-        spans.extend(self.read(budget));
+        let tokens = spans.iter().map(|span| span.tokens.len()).sum();
+        let busy = Busy { streams: spans.len(), tokens, prompts: self.reading.len() };
+        let budget = if spans.is_empty() { self.limits.budget } else { self.limits.busy_budget.min(room(busy)) };
+        // Without room nobody loses a turn either.
+        if budget > 0 {
+            spans.extend(self.read(budget));
+        }
         self.audit();
         Plan { admitted, spans }
     }

@@ -3,32 +3,45 @@
 #
 #   tests/bench/compare-llama.sh [SIZES] [TYPES]      default: 0.1B "f16 q8_0 q4_0 q4_k"
 #
-# SIZES: 0.1B, 0.4B, 1.5B. PAIRS (default 5) runs of each; THREADS (default: one for each processor). Needs a Rust
-# toolchain, a C++ compiler, Python 3.9 or later with venv, and PyPI: llama.cpp is built from the source inside
-# llama-cpp-python's source distribution, tuned for this machine. Nothing else should run meanwhile: a disturbed peer
-# would flatter us. Everything is kept in target/compare-llama, so that a second run builds nothing again.
+# SIZES: 0.1B, 0.4B, 1.5B. PAIRS (default 5) runs of each; THREADS (default: one for each processor). HTTP=1: compares
+# the servers too (over_http.py). AVX2=1: llama.cpp is built for AVX2 and nothing newer, whatever this machine has.
+# Needs a Rust toolchain, a C++ compiler, Python 3.9 or later with venv, and PyPI: llama.cpp is built from the source
+# inside llama-cpp-python's source distribution, tuned for this machine. Nothing else should run meanwhile: a disturbed
+# peer would flatter us. Everything is kept in target/compare-llama, so that a second run builds nothing again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 sizes=${1:-0.1B}
 types=${2:-f16 q8_0 q4_0 q4_k}
 pairs=${PAIRS:-5}
 threads=${THREADS:-$(nproc)}
-work=target/compare-llama
+work=$PWD/target/compare-llama
 mkdir -p "$work"
 
 python=$work/venv/bin/python
 if [ ! -x "$python" ]; then
     python3 -m venv "$work/venv"
-    "$python" -m pip install --quiet cmake ninja
+    "$python" -m pip install --quiet cmake ninja scikit-build-core
 fi
-llama=$work/build/bin
-if [ ! -x "$llama/llama-batched-bench" ]; then
-    "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: -d "$work" llama-cpp-python ||
-        "$python" -m pip download --quiet --no-deps --no-binary :all: -d "$work" llama-cpp-python
-    tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"
-    PATH=$work/venv/bin:$PATH cmake -S "$work"/llama_cpp_python-*/vendor/llama.cpp -B "$work/build" -G Ninja \
-        -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF >"$work/cmake.log"
-    PATH=$work/venv/bin:$PATH cmake --build "$work/build" --target llama-bench llama-batched-bench >"$work/build.log"
+build=$work/build
+tuned=(-DGGML_NATIVE=ON)
+if [ "${AVX2:-0}" = 1 ]; then
+    build=$work/build-avx2
+    tuned=(-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON)
+fi
+targets=(llama-bench llama-batched-bench)
+[ "${HTTP:-0}" = 1 ] && targets+=(llama-server)
+llama=$build/bin
+if [ ! -x "$llama/${targets[-1]}" ]; then
+    source=$(compgen -G "$work/llama_cpp_python-*/vendor/llama.cpp" || true)
+    if [ -z "$source" ]; then
+        # pip asks a source distribution what it is called by its build tool, which is therefore there; nothing is built.
+        "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: -d "$work" llama-cpp-python
+        tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"
+        source=$(compgen -G "$work/llama_cpp_python-*/vendor/llama.cpp")
+    fi
+    PATH=$work/venv/bin:$PATH cmake -S "$source" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release "${tuned[@]}" \
+        -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF >"$work/cmake.log"
+    PATH=$work/venv/bin:$PATH cmake --build "$build" --target "${targets[@]}" >"$work/build.log"
 fi
 cargo build --release --locked
 rewake=${CARGO_TARGET_DIR:-target}/release/rewake
@@ -79,5 +92,8 @@ for key in ("prompt", "1", "16", "64"):
     ratio = median(0, key) / median(1, key)
     print(f"{key:<10}{median(0, key):>10.1f}{median(1, key):>12.1f}{ratio:>8.2f}{ratios[0]:>15.2f} … {ratios[-1]:.2f}")
 PY
+        if [ "${HTTP:-0}" = 1 ]; then
+            python3 tests/bench/over_http.py "$model" --rewake "$rewake" --llama "$llama" --threads "$threads" --pairs "$pairs"
+        fi
     done
 done

@@ -144,7 +144,7 @@ impl<'a> Weight<'a> {
     }
 
     /// Writes the values from the element `at` on, the first of a block, into `out`.
-    fn unpack(&self, at: usize, out: &mut [f32]) {
+    pub fn unpack(&self, at: usize, out: &mut [f32]) {
         let of = |elements: usize| elements / self.kind.block() * self.kind.block_bytes();
         let bytes = &self.bytes[of(at)..][..of(out.len())];
         match self.kind {

@@ -88,7 +88,9 @@ impl<'a> Loader<'a> {
             weight.check_finite(name)?;
         }
         if let Some(kind) = becomes {
+            // From here on the file's own values are not needed; where they are the same, they are read again.
             weight = cast(name, weight, kind)?.reshaped(shape).ok_or_else(wrong)?;
+            self.checkpoint.release(name);
         }
         if first {
             taken.insert(name.to_owned(), weight.digest());
