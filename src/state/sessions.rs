@@ -143,12 +143,13 @@ impl Archive {
 
     /// The same where all numbers from the first on, or from the hinted one, are in use up to it; otherwise `None`.
     async fn last_in_run(&self, tenant: &Tenant, session: &SessionId, hint: Option<u64>) -> Result<Option<u64>, Error> {
-        let mut last = match hint {
-            // As good as always: nobody else has added to it.
-            Some(hint) if self.in_use(tenant, session, &[hint + 1]).await? == [false] => Some(Last::Is(hint)),
+        let next = hint.unwrap_or(0) + 1;
+        let mut last = match self.in_use(tenant, session, &[next]).await?[..] {
+            // As good as always nobody else has added to it. Of a name that is new a listing tells as much as many questions.
+            [false] => Some(hint.map_or(Last::Unclear, Last::Is)),
             _ => None,
         };
-        let mut search = Gallop::above(hint.map_or(0, |hint| hint + 1));
+        let mut search = Gallop::above(next);
         while last.is_none() {
             let asked = search.asks();
             last = search.hear(&asked, &self.in_use(tenant, session, &asked).await?);

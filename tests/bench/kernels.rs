@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, criterion_group, criterion_main};
 use model::kernels::{
-    BURN_OPERATIONS, HeadInputs, HeadParams, Kind, Panels, Team, Weight, burn, layer_norm, matmul, read_sum,
+    BURN_OPERATIONS, HeadInputs, HeadParams, Kind, Panels, Shape, Team, Weight, burn, layer_norm, matmul, read_sum,
     token_shift, wkv7_head,
 };
 use rewake::sample::{Counts, sample};
@@ -133,7 +133,8 @@ fn products(c: &mut Criterion) {
     for kind in Kind::ALL {
         let source = weights(kind, [HIDDEN, WIDTH]);
         let bytes = source.bytes().len();
-        let packed: Vec<_> = (0..MEMORY / bytes + 1).map(|_| Panels::pack_rows(&source, HIDDEN, WIDTH)).collect();
+        let packed: Vec<_> =
+            (0..MEMORY / bytes + 1).map(|_| Panels::pack_rows(&source, Shape::new(HIDDEN, WIDTH))).collect();
         for rows in [1, 16, 64, 512] {
             let matrices = if rows <= 16 { &packed[..] } else { &packed[..4] };
             let (x, mut out) = (values(rows * WIDTH, 2), vec![0f32; rows * HIDDEN]);

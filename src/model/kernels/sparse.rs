@@ -139,8 +139,8 @@ impl<T: Stored> Strip<'_, T> {
                 }
                 for v in 0..G {
                     let weight = T::load::<V>(w.add(v * V::LANES));
-                    for r in 0..R {
-                        acc[r][v] = x[r].fma(weight, acc[r][v]);
+                    for (acc, x) in acc.iter_mut().zip(x) {
+                        acc[v] = x.fma(weight, acc[v]);
                     }
                 }
             }
