@@ -135,6 +135,10 @@ impl<F: Form> Source for Part<'_, F> {
             let ahead = self.stored(group).wrapping_add(AHEAD + n * QUAD * F::SHAPE.bits / 8);
             if output == 0 {
                 (0..F::SHAPE.bits / 4).for_each(|line| fetch(ahead.wrapping_add(line * 64)));
+                if n == 0 && group.is_multiple_of(F::GROUPS) {
+                    // And of its scales, which stand before it.
+                    (0..F::SCALES / 64).for_each(|line| fetch(ahead.wrapping_sub((line + 1) * 64)));
+                }
             }
             Part::quad::<V>(self, group, n, output)
         }
