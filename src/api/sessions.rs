@@ -176,10 +176,14 @@ pub async fn show_session(State(app): State<Arc<App>>, caller: Caller, Name(id):
     delete,
     path = "/v1/sessions/{id}",
     tag = "sessions",
-    params(("id" = String, Path, description = "Name of a session")),
+    params(
+        ("id" = String, Path, description = "Name of a session"),
+        ("if-match" = Option<String>, Header, description = "`\"<state id>\"`: only if that is its head"),
+    ),
     responses(
         (status = 200, description = "It is gone", body = Deleted),
         (status = 409, description = "It is running a turn (`session_busy`)", body = ErrorBody),
+        (status = 412, description = "`session_conflict`: the head is not what `If-Match` says", body = ErrorBody),
         Refusals,
     ),
 )]
@@ -187,9 +191,10 @@ pub async fn delete_session(
     State(app): State<Arc<App>>,
     caller: Caller,
     Name(id): Name,
+    headers: HeaderMap,
 ) -> Result<Json<Deleted>, Error> {
     let id = session_id(id)?;
-    app.sessions.delete_session(&caller.tenant, &id).await?;
+    app.sessions.delete_session(&caller.tenant, &id, if_match(&headers)?.as_ref()).await?;
     Ok(Json(Deleted { id: id.into(), object: "session.deleted", deleted: true }))
 }
 

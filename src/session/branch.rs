@@ -61,11 +61,7 @@ impl Sessions {
             Some(_) => self.archive.readable_head(tenant, id).await?,
         };
         let entry = head.live.clone().ok_or_else(|| Error::SessionNotFound(id.clone()))?;
-        if let Some(expected) = if_match.as_ref().filter(|expected| head.state() != Some(expected)) {
-            tracing::debug!(session = %id, %expected, "the head is another state");
-            let head = head.state().map_or_else(String::new, StateId::to_string);
-            return Err(Error::SessionConflict { session: id.clone(), head });
-        }
+        check_head(id, &head, if_match.as_ref())?;
         let at = at.clone().unwrap_or(At::Number(entry.depth));
         let found = self.archive.turn(tenant, id, &entry, &at).await?;
         let turn = found.ok_or_else(|| match at {
@@ -78,4 +74,14 @@ impl Sessions {
         })?;
         Ok((head, entry, turn))
     }
+}
+
+/// Refuses what is only meant for another head than a session has.
+pub(super) fn check_head(id: &SessionId, head: &Head, expected: Option<&StateId>) -> Result<(), Error> {
+    let Some(expected) = expected.filter(|expected| head.live.is_some() && head.state() != Some(expected)) else {
+        return Ok(());
+    };
+    tracing::debug!(session = %id, %expected, "the head is another state");
+    let head = head.state().map_or_else(String::new, StateId::to_string);
+    Err(Error::SessionConflict { session: id.clone(), head })
 }

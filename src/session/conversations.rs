@@ -198,7 +198,7 @@ impl Sessions {
         // A damaged journal does not tell how many there were: it is as many as follow one another.
         let mut number = 0;
         loop {
-            match self.delete_session(tenant, &session(id, number)).await {
+            match self.delete_session(tenant, &session(id, number), None).await {
                 Ok(()) => {}
                 Err(Error::SessionNotFound(_)) if number < known => {}
                 Err(Error::SessionNotFound(_)) => break,

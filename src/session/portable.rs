@@ -50,8 +50,19 @@ impl Sessions {
         }
     }
 
-    /// The file of a state.
+    /// The file of a state, which is rebuilt first if it was evicted or lost.
     pub async fn content(&self, tenant: &Tenant, id: &StateId) -> Result<Bytes, Error> {
+        let stored = self.stored_content(tenant, id).await;
+        let Err(Error::StateNotFound(_) | Error::StateDamaged(..)) = stored else { return stored };
+        let Some((_, turn)) = self.record_of(tenant, id).await? else { return stored };
+        let model = self.find(Some(&turn.entry.record.model))?.clone();
+        match self.restore(tenant, id, &model).await? {
+            Some(_) => self.stored_content(tenant, id).await,
+            None => stored,
+        }
+    }
+
+    async fn stored_content(&self, tenant: &Tenant, id: &StateId) -> Result<Bytes, Error> {
         match self.archive.content(tenant, id, clock::unix_seconds()).await {
             Ok(Some(file)) => Ok(file),
             Ok(None) => Err(Error::StateNotFound(id.clone())),

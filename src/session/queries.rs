@@ -1,5 +1,6 @@
 //! Listing, showing and deleting states, sessions and turns.
 
+use super::branch::check_head;
 use super::prefix::Forgotten;
 use super::{Error, Listing, Page, SessionInfo, Sessions, StateInfo, TurnInfo};
 use crate::state::{self, At, Entry, Info, Listed, Origin, Wanted};
@@ -119,9 +120,17 @@ impl Sessions {
     }
 
     /// Ends a session at once and removes its states, but for those other sessions have. Not while it runs a turn.
-    pub async fn delete_session(&self, tenant: &Tenant, id: &SessionId) -> Result<(), Error> {
+    pub async fn delete_session(
+        &self,
+        tenant: &Tenant,
+        id: &SessionId,
+        if_match: Option<&StateId>,
+    ) -> Result<(), Error> {
         self.hub.supersede(tenant, id).await;
         let _turnstile = self.busy.enter(tenant, id, None)?;
+        if if_match.is_some() {
+            check_head(id, &self.archive.readable_head(tenant, id).await?, if_match)?;
+        }
         let forgotten = self.read_of(tenant, id).await?;
         let deleted = self.archive.delete(tenant, id, clock::unix_seconds()).await?;
         self.policy.quotas.count_again(tenant).await;

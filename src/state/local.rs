@@ -81,7 +81,7 @@ impl Local {
         let (location, _) = self.locate(key)?;
         match self.files.get_opts(&location, GetOptions::default()).await {
             Ok(found) => Ok(Some(found)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) if is_absent(&e) => Ok(None),
             Err(e) => Err(failed("read", key)(e)),
         }
     }
@@ -224,10 +224,17 @@ fn make_root(folder: &Path) -> io::Result<PathBuf> {
     folder.canonicalize()
 }
 
+/// Whether nothing is there, also because a strange file stands where a folder would.
+fn is_absent(error: &object_store::Error) -> bool {
+    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+    matches!(error, object_store::Error::NotFound { .. })
+        || causes.filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|e| e.kind() == ErrorKind::NotADirectory)
+}
+
 /// The names in a folder that may be part of a key, so neither staging files nor strangers.
 fn names_in(folder: &Path, after: Option<&str>, limit: usize) -> io::Result<Vec<String>> {
     let entries = match std::fs::read_dir(folder) {
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if [ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&e.kind()) => return Ok(Vec::new()),
         entries => entries?,
     };
     let mut names = Vec::new();

@@ -149,7 +149,7 @@ async fn what_a_deleted_session_read_is_found_nowhere() {
             answer(&side, said("secret", n)).await;
         }
         let id = SessionId::parse("secret").expect("a name");
-        side.sessions.delete_session(&Tenant::local(), &id).await.expect("it is there");
+        side.sessions.delete_session(&Tenant::local(), &id, None).await.expect("it is there");
         side.sessions.prefix_settled().await;
         // What others read is not given up for it.
         assert!(answer(&side, of("local", text(50))).await.cached > 700, "{bytes} bytes");

@@ -181,6 +181,10 @@ async fn what_cannot_be_forked_is_refused() {
     let moved = client.post_with("/v1/sessions/s/rewind", &[("if-match", &tag)], json!({"at": 1})).await;
     assert_eq!((moved.status, moved.code().as_str()), (412, "session_conflict"));
     assert_eq!(client.get("/v1/sessions").await.json()["data"].as_array().map(Vec::len), Some(2), "nothing was made");
+    let delete = |tag: String| client.delete_with("/v1/sessions/s", ("if-match", tag));
+    assert_eq!(delete(tag).await.code(), "session_conflict");
+    assert_eq!(delete("nonsense".into()).await.error()["param"], "if-match");
+    assert_eq!(delete(format!("\"{}\"", states[0].state_id())).await.status, 200);
 }
 
 #[tokio::test]

@@ -115,6 +115,10 @@ async fn old_states_are_evicted_and_come_back_when_they_are_asked_for() {
     assert_eq!(settled(&few, 2).await, kept);
     for (n, (expected, state)) in states.iter().enumerate() {
         assert_eq!(few.get(&format!("/v1/states/{state}")).await.json(), told[n], "it is told of as before");
+        if n % 2 == 0 {
+            let file = few.get(&format!("/v1/states/{state}/content")).await;
+            assert_eq!(file.status, 200, "it comes back to be downloaded: {}", file.text);
+        }
         let on =
             |state: &str, new: &str| with(rules(), json!({"prompt": new, "state_id": state, "store_state": false}));
         for new in ["", " And"] {
@@ -180,6 +184,19 @@ async fn a_damaged_state_is_rebuilt_by_its_id() {
     assert_eq!(client.ok(COMPLETIONS, on.clone()).await.answer(), expected);
     let cached = |reply: Reply| reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"].clone();
     assert_ne!(cached(client.ok(COMPLETIONS, on).await), 0, "it is stored again");
+}
+
+#[tokio::test]
+async fn a_strange_file_among_the_sessions_is_none_of_them() {
+    let (server, folder) = on_disk(&config()).await;
+    let client = server.client();
+    say(&client, "s", &script()[0]).await;
+    std::fs::write(folder.path().join("t/local/sessions/.DS_Store"), "junk").expect("a file");
+    assert_eq!(client.get("/v1/sessions").await.json()["data"].as_array().map(Vec::len), Some(1));
+    for id in [".DS_Store", "nobody"] {
+        assert_eq!(client.get(&format!("/v1/sessions/{id}")).await.code(), "session_not_found");
+    }
+    assert_eq!(client.get(&format!("/v1/states/st_{}", "1".repeat(44))).await.code(), "state_not_found");
 }
 
 #[tokio::test]

@@ -150,6 +150,11 @@ impl Client {
         self.call(Request::delete(path).body(Body::empty()).expect("a good request")).await
     }
 
+    /// With a further header.
+    pub async fn delete_with(&self, path: &str, (name, value): (&str, String)) -> Reply {
+        self.call(Request::delete(path).header(name, value).body(Body::empty()).expect("a good request")).await
+    }
+
     pub async fn post(&self, path: &str, body: Value) -> Reply {
         self.call(post(path, body.to_string())).await
     }
