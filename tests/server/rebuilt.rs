@@ -8,7 +8,7 @@ use rewake::state::{Archive, InMemory, Local, Store};
 use rewake::types::{SessionId, Snapshot, StateId, Tenant};
 use serde_json::{Value, json};
 
-use crate::server::{CHAT, COMPLETIONS, Client, Reply, Server, config};
+use crate::server::{CHAT, COMPLETIONS, Client, Reply, Server, config, get};
 use crate::{user, with};
 
 /// Sampling that depends on all a snapshot carries.
@@ -116,8 +116,8 @@ async fn old_states_are_evicted_and_come_back_when_they_are_asked_for() {
     for (n, (expected, state)) in states.iter().enumerate() {
         assert_eq!(few.get(&format!("/v1/states/{state}")).await.json(), told[n], "it is told of as before");
         if n % 2 == 0 {
-            let file = few.get(&format!("/v1/states/{state}/content")).await;
-            assert_eq!(file.status, 200, "it comes back to be downloaded: {}", file.text);
+            let file = few.send(get(&format!("/v1/states/{state}/content"))).await.expect("the server answers");
+            assert_eq!(file.status(), 200, "it comes back to be downloaded");
         }
         let on =
             |state: &str, new: &str| with(rules(), json!({"prompt": new, "state_id": state, "store_state": false}));
