@@ -49,7 +49,15 @@ mod swept;
 #[path = "server/tenants.rs"]
 mod tenants;
 
+use rewake::api::{Key, KeyHash};
+use rewake::types::Tenant;
 use serde_json::{Value, json};
+
+/// The key `sk-{name}`, which is of a tenant.
+fn key(name: &str, tenant: &str) -> Key {
+    let tenant = Tenant::parse(tenant).expect("a good name");
+    Key { name: name.into(), hash: KeyHash::of(&format!("sk-{name}")), tenant }
+}
 
 /// `body` with the fields of `more` put over it.
 fn with(mut body: Value, more: Value) -> Value {

@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use futures::stream::{self, StreamExt};
-use rewake::api::{Key, KeyHash};
+use rewake::api::Key;
 use rewake::config::Config;
 use rewake::state::{Archive, InMemory, Store};
 use rewake::text;
-use rewake::types::{StateId, Tenant};
+use rewake::types::StateId;
 use serde_json::{Value, json};
 
 use crate::server::{CHAT, COMPLETIONS, Client, Server, config};
@@ -26,7 +26,7 @@ fn secret(session: usize) -> String {
 
 fn key(tenant: usize) -> Key {
     let name = format!("t{tenant}");
-    Key { hash: KeyHash::of(&format!("sk-{name}")), tenant: Tenant::parse(name.as_str()).expect("a name"), name }
+    crate::key(&name, &name)
 }
 
 /// Where a session's tenant calls it what every other tenant calls one of its own.

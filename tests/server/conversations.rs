@@ -3,16 +3,14 @@
 
 use std::sync::Arc;
 
-use rewake::api::{Key, KeyHash};
 use rewake::config::Config;
 use rewake::state::InMemory;
-use rewake::types::Tenant;
 use serde_json::{Value, json};
 
 use crate::responses::{RESPONSES, ask, id, plain, said, text};
 use crate::server::{CHAT, Client, Server, config};
 use crate::store::{Op, Recording};
-use crate::with;
+use crate::{key, with};
 
 const CONVERSATIONS: &str = "/v1/conversations";
 
@@ -178,12 +176,10 @@ async fn an_item_can_be_named_instead_of_given() {
 
 #[tokio::test]
 async fn nobody_names_another_s_items() {
-    let key = |name: &str| Key {
-        name: name.into(),
-        hash: KeyHash::of(&format!("sk-{name}")),
-        tenant: Tenant::parse(name).expect("a good name"),
-    };
-    let server = Server::with(&Config { key: vec![key("ann"), key("bob")], ..config() }, Arc::new(InMemory::default()));
+    let server = Server::with(
+        &Config { key: vec![key("ann", "ann"), key("bob", "bob")], ..config() },
+        Arc::new(InMemory::default()),
+    );
     let (ann, bob) = (server.client().with_key("sk-ann"), server.client().with_key("sk-bob"));
     let response = ann.ok(RESPONSES, ask("A secret.")).await.json();
     let answer = response["output"][0]["id"].as_str().expect("an id").to_owned();

@@ -3,16 +3,14 @@
 use std::sync::Arc;
 
 use futures::future::join_all;
-use rewake::api::{Key, KeyHash};
 use rewake::app::{App, load_models};
 use rewake::config::{Config, Model};
 use rewake::session::PrefixLimits;
 use rewake::state::{InMemory, Local};
-use rewake::types::Tenant;
 use serde_json::{Value, json};
 
 use crate::server::{CHAT, COMPLETIONS, Client, Reply, Server, config, forgetful};
-use crate::with;
+use crate::{key, with};
 
 /// A server of its own; `name` is the model's, and so the label of its metrics.
 fn server(name: &str) -> (Server, Client) {
@@ -179,11 +177,6 @@ async fn who_leads_may_leave() {
 
 #[tokio::test]
 async fn what_one_tenant_read_is_nothing_to_another() {
-    let key = |name: &str, tenant: &str| Key {
-        name: name.into(),
-        hash: KeyHash::of(&format!("sk-{name}")),
-        tenant: Tenant::parse(tenant).expect("a good name"),
-    };
     let key = vec![key("ann", "one"), key("bob", "two"), key("ann-too", "one")];
     let server = Server::with(&Config { key, ..config() }, Arc::new(InMemory::default()));
     let client = |key: &str| server.client().with_key(key);

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use rewake::api::{Key, KeyHash};
 use rewake::config::{Config, TenantQuota};
 use rewake::session::Quota;
 use rewake::state::InMemory;
 use rewake::types::Tenant;
 use serde_json::{Value, json};
 
+use crate::key;
 use crate::server::{COMPLETIONS, Client, Server, config, said};
 use crate::states::{download, upload};
 
@@ -18,11 +18,7 @@ fn tenant(name: &str) -> Tenant {
 
 /// Ann may have three states, Bob as many as take three states' room, others nothing to speak of.
 fn server() -> (Server, Client, Client, Client) {
-    let key = ["ann", "bob", "cid"].map(|name| Key {
-        name: name.into(),
-        hash: KeyHash::of(&format!("sk-{name}")),
-        tenant: tenant(name),
-    });
+    let key = ["ann", "bob", "cid"].map(|name| key(name, name));
     let bytes = Server::shared().sessions.models()[0].state_bytes;
     let of = |name: &str, states: u64, bytes: u64| TenantQuota { name: tenant(name), quota: Quota { states, bytes } };
     let mut config = Config { key: key.into(), tenant: vec![of("ann", 3, 0), of("bob", 0, 7 * bytes / 2)], ..config() };

@@ -2,16 +2,15 @@
 
 use std::sync::Arc;
 
-use rewake::api::{App, Key, KeyHash, router};
+use rewake::api::{App, router};
 use rewake::app::load_models;
 use rewake::config::Config;
 use rewake::session::{Sessions, StreamLimits};
 use rewake::state::{Archive, InMemory};
-use rewake::types::Tenant;
 use serde_json::{Value, json};
 
 use crate::server::{CHAT, Client, Process, Server, config};
-use crate::with;
+use crate::{key, with};
 
 // Answers that must not end by themselves ban the end of the document and the line break, of which two end an answer.
 
@@ -517,12 +516,10 @@ async fn a_strict_server_refuses_what_nobody_knows() {
 
 #[tokio::test]
 async fn what_is_another_s_is_unknown() {
-    let key = |name: &str| Key {
-        name: name.into(),
-        hash: KeyHash::of(&format!("sk-{name}")),
-        tenant: Tenant::parse(name).expect("a good name"),
-    };
-    let server = Server::with(&Config { key: vec![key("ann"), key("bob")], ..config() }, Arc::new(InMemory::default()));
+    let server = Server::with(
+        &Config { key: vec![key("ann", "ann"), key("bob", "bob")], ..config() },
+        Arc::new(InMemory::default()),
+    );
     let (ann, bob) = (server.client().with_key("sk-ann"), server.client().with_key("sk-bob"));
     let response = id(&ann.ok(RESPONSES, ask("A secret.")).await.json());
     let conversation = id(&ann.ok("/v1/conversations", json!({})).await.json());

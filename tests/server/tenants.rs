@@ -2,21 +2,15 @@
 
 use std::sync::Arc;
 
-use rewake::api::{Key, KeyHash};
 use rewake::config::Config;
 use rewake::state::InMemory;
-use rewake::types::{StateId, Tenant};
+use rewake::types::StateId;
 use serde_json::{Value, json};
 
 use crate::server::{CHAT, COMPLETIONS, Client, Reply, Server, config};
-use crate::user;
+use crate::{key, user};
 
 fn server() -> Server {
-    let key = |name: &str, tenant: &str| Key {
-        name: name.into(),
-        hash: KeyHash::of(&format!("sk-{name}")),
-        tenant: Tenant::parse(tenant).expect("a good name"),
-    };
     let key = vec![key("ann", "one"), key("bob", "two"), key("ann-too", "one")];
     Server::with(&Config { key, ..config() }, Arc::new(InMemory::default()))
 }
