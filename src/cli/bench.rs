@@ -6,7 +6,7 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use super::checkpoint::{Which, print, progress, show};
-use crate::model::{Model, Pool, Team, probe};
+use crate::model::{Model, Pool, Team, probe, stay_narrow};
 use crate::telemetry::clock;
 use crate::types::{Row, SeqId, SlotId, Want};
 
@@ -32,6 +32,9 @@ pub struct Args {
     /// Threads that compute [default: one for each processor]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, value_parser = clap::value_parser!(u16).range(0..=1024))]
     threads: u16,
+    /// Use nothing newer than AVX2, to measure what a processor without AVX-512 would do
+    #[arg(long)]
+    avx2: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -51,6 +54,9 @@ struct Line {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
+    if args.avx2 {
+        stay_narrow();
+    }
     Team::new(args.threads.into())?.install(|| measure(args))
 }
 
@@ -139,7 +145,6 @@ impl Bench {
                 let want = if last { Want::Last } else { Want::Nothing };
                 let at = (n * STEP) as u64;
                 let row = Row { seq: SeqId(0), from: SlotId(0), into: SlotId(0), at, tokens: 0..chunk.len(), want };
-                logits.clear();
                 self.model.step(&mut self.pool, chunk, &[row], &mut logits)?;
             }
             times.push(clock::now() - began);
@@ -162,7 +167,6 @@ impl Bench {
                     Row { seq: SeqId(n as u64), from: slot, into: slot, at, tokens: n..n + 1, want: Want::Last }
                 };
                 let rows: Vec<_> = (0..streams).map(row).collect();
-                logits.clear();
                 self.model.step(&mut self.pool, &ids, &rows, &mut logits)?;
             }
             times.push(clock::now() - began);
@@ -182,7 +186,6 @@ impl Bench {
                 let [from, into] = if step % 2 == 0 { [0, 1] } else { [1, 0] }.map(SlotId);
                 let at = (step * read) as u64;
                 let row = Row { seq: SeqId(0), from, into, at, tokens: 0..read, want: Want::All };
-                logits.clear();
                 self.model.step(&mut self.pool, &ids, &[row], &mut logits)?;
             }
             times.push(clock::now() - began);

@@ -239,7 +239,6 @@ impl Reader {
         for at in (0..).step_by(each) {
             ids.clear();
             rows.clear();
-            logits.clear();
             for (n, passage) in group.iter().enumerate() {
                 // The last token is only foretold.
                 let end = (passage.ids.len() - 1).min(at + each);
@@ -257,7 +256,6 @@ impl Reader {
             }
             self.model.step(&mut pools[0], &ids, &rows, &mut logits)?;
             if let Some(reference) = &mut self.reference {
-                other.clear();
                 reference.step(&mut pools[1], &ids, &rows, &mut other)?;
             }
             let mut given = logits.chunks_exact(vocabulary);

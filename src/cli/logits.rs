@@ -62,7 +62,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         let mut at = 0;
         for chunk in ids.chunks(args.chunk as usize) {
             let row = Row { seq: SeqId(0), from: slot, into: slot, at, tokens: 0..chunk.len(), want: Want::All };
-            logits.clear();
             opened.model.step(&mut pool, chunk, &[row], &mut logits)?;
             write_values(file, &logits)?;
             at += chunk.len() as u64;

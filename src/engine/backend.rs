@@ -34,7 +34,7 @@ pub trait Backend: Send {
     fn vocabulary(&self) -> usize;
     /// How many slots there are.
     fn slots(&self) -> usize;
-    /// Runs `rows` over `ids` and appends the logits they want, `[vocabulary]` each, in order.
+    /// Runs `rows` over `ids`; `logits` becomes those that they want, `[vocabulary]` each, in order.
     fn step(&mut self, ids: &[u32], rows: &[Row], logits: &mut Vec<f32>) -> Result<(), String>;
     /// Makes a slot a fresh sequence.
     fn reset(&mut self, slot: SlotId);

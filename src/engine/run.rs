@@ -174,7 +174,6 @@ impl Engine {
             return;
         }
         let began = clock::now();
-        self.logits.clear();
         let (backend, ids, logits) = (&mut self.backend, &self.ids, &mut self.logits);
         // A panic here is a defect of a kernel. It must cost the jobs of this step, not the server: every slot is written
         // afresh before it is used again.

@@ -26,9 +26,8 @@ pub trait Head: Send {
         Vec::new()
     }
 
-    /// `x [N, C]`, the residual stream of every token → `[M, V]`, the logits after the tokens `wanted` (M of them, perhaps
-    /// none), in a scratch buffer.
-    fn forward(&self, x: &Tensor, wanted: &[usize], step: &mut Step) -> Result<Tensor, Error>;
+    /// `x [N, C]`, the residual stream of every token → `logits [M, V]` after the tokens `wanted` (M of them, perhaps none).
+    fn forward(&self, x: &Tensor, wanted: &[usize], step: &mut Step, logits: &mut [f32]) -> Result<(), Error>;
 }
 
 /// The head of v4 and later: `ln_out` and a linear layer.
@@ -45,14 +44,12 @@ impl LinearHead {
 }
 
 impl Head for LinearHead {
-    fn forward(&self, x: &Tensor, wanted: &[usize], step: &mut Step) -> Result<Tensor, Error> {
+    fn forward(&self, x: &Tensor, wanted: &[usize], step: &mut Step, logits: &mut [f32]) -> Result<(), Error> {
         let (_, width) = x.dims2()?;
         let rows = gather(x, wanted, step)?;
         let normed = step.work.scratch((wanted.len(), width))?;
         self.ln_out.forward(&rows, &normed)?;
-        let logits = step.work.scratch((wanted.len(), self.linear.outputs()))?;
-        self.linear.forward(&normed, &logits)?;
-        Ok(logits)
+        Ok(self.linear.forward_to(&normed, logits)?)
     }
 }
 
@@ -319,8 +316,8 @@ impl Model {
         Ok(pool.snapshot(slot))
     }
 
-    /// Runs one step: reads and writes the rows' slots of `pool`, and appends the logits that rows want to `logits`,
-    /// `[V]` each, in the order of rows and tokens.
+    /// Runs one step: reads and writes the rows' slots of `pool`; `logits` becomes those that rows want, `[V]` each, in the
+    /// order of rows and tokens.
     ///
     /// # Errors
     /// [`Error::TokenRange`], [`Error::Context`], [`Error::Step`] before anything is changed. After any other error the
@@ -356,12 +353,12 @@ impl Model {
         }
 
         // 3. logits = head(x), where wanted; a head may have a state of its own to keep up
+        logits.resize(wanted.len() * self.description.vocabulary, 0.0);
         if wanted.is_empty() && self.parts.head.segments().is_empty() {
             return Ok(());
         }
         let mut step = Step { rows, waves, ids, first: &first, residual: &x, work: &mut self.work, pool, base };
-        let out = self.parts.head.forward(&x, &wanted, &mut step)?;
-        Ok(linear::read(&out, |values| logits.extend_from_slice(values))?)
+        self.parts.head.forward(&x, &wanted, &mut step, logits)
     }
 
     /// Checks the contract of a step; gives each token's predecessor slot and the tokens whose logits are wanted.

@@ -4,10 +4,10 @@
 //! Follows BlinkDL/RWKV-LM, `RWKV-v1/src/model.py`, `RWKV-v2-RNN/src/model_run.py`, `RWKV-v3/src/model_run.py` and, for v4, whose
 //! inference code has no copy head, `RWKV-v4/src/model.py`.
 
-use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
+use candle_core::Tensor;
 
 use super::block::{Head, LinearHead, Sizes, Step, gather};
-use super::linear::{self, LayerNorm, Linear, Orientation, floats, floats_mut};
+use super::linear::{self, LayerNorm, Linear, Orientation};
 use super::weights::Loader;
 use super::{Error, kernels};
 use crate::types::{Row, Segment};
@@ -105,7 +105,7 @@ impl Head for CopyHead {
         vec![Segment::Log { name: SEGMENT.into(), width: self.entry(), cap: None, ids: Some(self.key.outputs()) }]
     }
 
-    fn forward(&self, x: &Tensor, wanted: &[usize], step: &mut Step) -> Result<Tensor, Error> {
+    fn forward(&self, x: &Tensor, wanted: &[usize], step: &mut Step, logits: &mut [f32]) -> Result<(), Error> {
         let (tokens, width) = x.dims2()?;
         let size = self.key.outputs();
         // 1. every token's key is remembered
@@ -115,7 +115,6 @@ impl Head for CopyHead {
         self.key.forward(&normed, &keys)?;
         linear::read(&keys, |keys| self.remember(keys, step))??;
         // 2. logits and scores, where wanted
-        let logits = step.work.scratch((wanted.len(), self.linear.outputs()))?;
         if !wanted.is_empty() {
             let rows = step.rows;
             let place = |&token: &usize| {
@@ -130,27 +129,14 @@ impl Head for CopyHead {
                 let scale = |&(row, offset): &(&Row, usize)| self.time_out[row.at as usize + offset];
                 linear::scale_rows(&input, &places.iter().map(scale).collect::<Vec<_>>())?;
             }
-            self.linear.forward(&input, &logits)?;
+            self.linear.forward_to(&input, logits)?;
             let logs = step.logs(0);
             let text = |&(row, offset): &(&Row, usize)| self.text(&logs[row.into.0 as usize], row, offset);
-            logits.inplace_op2(&queries, &Copy { texts: places.iter().map(text).collect() })?;
+            let texts: Vec<_> = places.iter().map(text).collect();
+            linear::read(&queries, |queries| kernels::copy(queries, &texts, logits))?;
         }
         // 3. only the window is kept
         self.forget(step);
-        Ok(logits)
-    }
-}
-
-struct Copy<'a> {
-    texts: Vec<&'a [f32]>,
-}
-
-impl InplaceOp2 for Copy<'_> {
-    fn name(&self) -> &'static str {
-        "copy head"
-    }
-    fn cpu_fwd(&self, out: &mut CpuStorage, out_l: &Layout, q: &CpuStorage, q_l: &Layout) -> candle_core::Result<()> {
-        kernels::copy(floats(q, q_l)?, &self.texts, floats_mut(out, out_l)?);
         Ok(())
     }
 }

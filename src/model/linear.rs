@@ -96,6 +96,21 @@ impl Linear {
         out.inplace_op2(x, self)
     }
 
+    /// The same into `out [N, outputs]`.
+    pub fn forward_to(&self, x: &Tensor, out: &mut [f32]) -> Result<()> {
+        if x.dims().last() != Some(&self.weights.inputs()) {
+            bail!("linear of {} inputs: {:?}", self.weights.inputs(), x.dims());
+        }
+        read(x, |x| self.rows(x, out))
+    }
+
+    fn rows(&self, x: &[f32], out: &mut [f32]) {
+        kernels::matmul(&self.weights, x, out);
+        if !self.bias.is_empty() {
+            out.chunks_exact_mut(self.outputs()).for_each(|row| kernels::add(row, &self.bias));
+        }
+    }
+
     /// Writes `f(x · Wᵀ)` into `out`.
     pub fn forward_then(&self, x: &Tensor, out: &Tensor, f: Activation) -> Result<()> {
         out.inplace_op2(x, &Then(self, f))
@@ -122,10 +137,7 @@ impl InplaceOp2 for Linear {
         if x_l.dims().last() != Some(&inputs) || out_l.dims().last() != Some(&outputs) {
             bail!("linear of {inputs} → {outputs}: {:?} → {:?}", x_l.dims(), out_l.dims());
         }
-        kernels::matmul(&self.weights, x, out);
-        if !self.bias.is_empty() {
-            out.chunks_exact_mut(outputs).for_each(|row| kernels::add(row, &self.bias));
-        }
+        self.rows(x, out);
         Ok(())
     }
 }

@@ -54,6 +54,7 @@ impl Backend for Toy {
         self.speculation
     }
     fn step(&mut self, ids: &[u32], rows: &[Row], logits: &mut Vec<f32>) -> Result<(), String> {
+        logits.clear();
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
         self.tokens.fetch_add(ids.len(), Ordering::SeqCst);
         match self.fail_at {

@@ -245,11 +245,12 @@ unsafe fn tile<V: Dot, S: Source, const R: usize, const G: usize>(
     (sums, first): (&mut [[f32; PANEL]], usize),
 ) {
     let run = S::Form::SHAPE.run;
-    let mut rows = [(std::ptr::null(), std::ptr::null()); R];
+    let mut rows = [(std::ptr::null(), std::ptr::null(), std::ptr::null()); R];
     for (r, place) in rows.iter_mut().enumerate() {
-        let (codes, runs) = x.row(row + r, input);
+        let ((codes, runs), halves) = (x.row(row + r, input), x.halves(row + r, input));
         assert!(codes.len() >= groups * GROUP && runs.len() >= groups * (GROUP / run));
-        *place = (codes.as_ptr(), runs.as_ptr());
+        assert!(!V::HALVES || S::Form::SHAPE.bits < 8 || halves.len() >= groups * GROUP / 4);
+        *place = (codes.as_ptr(), halves.as_ptr(), runs.as_ptr());
     }
     assert!(first + G * V::LANES <= PANEL && sums.len() == R);
     // SAFETY: the caller has looked for the features; the rows of `sums` hold that many vectors, and those of x that many
@@ -267,7 +268,7 @@ unsafe fn tile<V: Dot, S: Source, const R: usize, const G: usize>(
                 let place = Place { n: N % (run / 4), count: run / 4, width: S::Form::SHAPE.bits };
                 let of_run = N * 4 / run;
                 if place.n == 0 {
-                    for (integers, (_, runs)) in integers.iter_mut().zip(rows) {
+                    for (integers, (.., runs)) in integers.iter_mut().zip(rows) {
                         *integers = [V::start((*runs.add(group * (GROUP / run) + of_run)).start); G];
                     }
                 }
@@ -276,8 +277,9 @@ unsafe fn tile<V: Dot, S: Source, const R: usize, const G: usize>(
                 for (v, weights) in weights.iter_mut().enumerate().skip(1) {
                     *weights = source.quad::<V>(group, N, first + v * V::LANES);
                 }
-                for (integers, (codes, _)) in integers.iter_mut().zip(rows) {
-                    let x = V::quad(codes.add(group * GROUP + 4 * N).cast());
+                for (integers, (codes, halves, _)) in integers.iter_mut().zip(rows) {
+                    let (codes, halves) = (codes.add(group * GROUP + 4 * N), halves.wrapping_add(group * 8 + N));
+                    let x = V::quad(codes.cast(), halves, S::Form::SHAPE.bits);
                     for (integers, weights) in integers.iter_mut().zip(weights) {
                         *integers = V::dot(*integers, weights, x, place);
                     }
@@ -286,7 +288,7 @@ unsafe fn tile<V: Dot, S: Source, const R: usize, const G: usize>(
                     for v in 0..G {
                         let (d, m) = source.scales::<V>((group, of_run), first + v * V::LANES);
                         for r in 0..R {
-                            let of_x = &*rows[r].1.add(group * (GROUP / run) + of_run);
+                            let of_x = &*rows[r].2.add(group * (GROUP / run) + of_run);
                             let sum = &mut acc[r][v];
                             *sum = V::end(integers[r][v]).fma(d.times(V::splat(of_x.scale)), *sum);
                             if S::Form::SHAPE.added {
@@ -343,6 +345,7 @@ fn rows<S: Source>(source: &S, groups: usize, x: (&Activations, usize), sums: &m
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::activations::Rounding;
     use super::super::random::{values, weights};
     use half::f16;
 
@@ -410,7 +413,7 @@ mod tests {
             let (x, inputs) = (self.0, self.1);
             let (rows, groups) = (x.len() / inputs, inputs / GROUP);
             let mut rounded = Activations::default();
-            rounded.set(x, inputs, (F::SHAPE.run, F::SHAPE.offset));
+            rounded.set(x, inputs, Rounding { run: F::SHAPE.run, offset: F::SHAPE.offset, halves: true });
             let part = quants.part(0, 0..groups);
             let mut all = vec![vec![[0f32; PANEL]; rows]];
             plain::<Fused, F>(&part, groups, (&rounded, 0), &mut all[0]);

@@ -40,7 +40,7 @@ impl Shape {
 
     /// Of a matrix most of whose inputs are zero: where rows are few, the others' weights are not read.
     pub fn sparse(outputs: usize, inputs: usize) -> Self {
-        let whole = |strip: &usize| outputs.is_multiple_of(*strip);
+        let whole = |strip: &usize| *strip <= sparse::strip() && outputs.is_multiple_of(*strip);
         let strip = [sparse::STRIP, 2 * PANEL].into_iter().find(whole).unwrap_or(PANEL);
         Self { strip, ..Self::new(outputs, inputs) }
     }
@@ -169,7 +169,18 @@ impl<'a> Product<'a> {
         if single { self.w.outputs().div_ceil(self.w.shape.strip) } else { 0 }
     }
 
-    /// Gets x ready for [`Product::strip`].
+    /// Strips of one task: of thin matrices several, as handing out a task takes as long as some kilobytes.
+    fn together(&self) -> usize {
+        const WEIGHTS: usize = 1 << 14;
+        (WEIGHTS / (self.w.inputs() * self.w.shape.strip).max(1)).max(1)
+    }
+
+    /// Tasks of [`Product::strips`].
+    fn tasks(&self) -> usize {
+        self.strips().div_ceil(self.together())
+    }
+
+    /// Gets x ready for [`Product::task`].
     fn prepare(&self, ready: &mut Ready) {
         match &self.w.data {
             Data::Quants(quants) => ready.rounded.set(self.x, self.w.inputs(), quants.rounding()),
@@ -178,7 +189,12 @@ impl<'a> Product<'a> {
         }
     }
 
-    /// Computes one of those.
+    /// Computes the strips of a task.
+    fn task(&self, task: usize, ready: &Ready) {
+        let (first, strips) = (task * self.together(), self.strips());
+        (first..strips.min(first + self.together())).for_each(|strip| self.strip(strip, ready));
+    }
+
     fn strip(&self, strip: usize, ready: &Ready) {
         match &self.w.data {
             Data::F32(data) => self.values(data, strip, &ready.active),
@@ -267,24 +283,24 @@ pub fn multiply_all<'a>(products: impl Iterator<Item = &'a Product<'a>> + Clone 
     }
     let mut ready = READY.take();
     ready.resize_with(ready.len().max(products.clone().count()), Ready::default);
-    let (mut strips, mut work) = (0, 0);
+    let (mut tasks, mut work) = (0, 0);
     for (product, ready) in products.clone().zip(&mut ready) {
         match &product.w.data {
-            _ if product.strips() > 0 => product.prepare(ready),
+            _ if product.tasks() > 0 => product.prepare(ready),
             Data::F32(data) => product.many(data),
             Data::F16(data) => product.many(data),
             Data::BF16(data) => product.many(data),
             Data::Quants(_) => {}
         }
-        strips += product.strips();
+        tasks += product.tasks();
         work += product.work();
     }
-    parallel(strips, work, |mut n| {
+    parallel(tasks, work, |mut n| {
         for (product, ready) in products.clone().zip(&ready) {
-            if n < product.strips() {
-                return product.strip(n, ready);
+            if n < product.tasks() {
+                return product.task(n, ready);
             }
-            n -= product.strips();
+            n -= product.tasks();
         }
     });
     READY.set(ready);

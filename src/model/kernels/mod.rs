@@ -33,6 +33,9 @@ mod wkv4;
 mod wkv5;
 mod wkv7;
 
+#[cfg(target_arch = "x86_64")]
+use std::sync::atomic::{AtomicBool, Ordering};
+
 pub use blocks::scale;
 pub use burn::{BURN_OPERATIONS, burn, read_sum};
 pub use copy::copy;
@@ -87,10 +90,20 @@ pub fn fused() -> bool {
     false
 }
 
+/// Whether nothing newer than AVX2 is to be used.
+#[cfg(target_arch = "x86_64")]
+static NARROW: AtomicBool = AtomicBool::new(false);
+
+/// Uses nothing newer than AVX2 from now on, to be measured like a processor without AVX-512. No result changes by it.
+pub fn stay_narrow() {
+    #[cfg(target_arch = "x86_64")]
+    NARROW.store(true, Ordering::Relaxed);
+}
+
 /// Whether there are registers of 512 bits, which some kernels use for more of the same at once.
 #[cfg(target_arch = "x86_64")]
 pub fn wide() -> bool {
-    fused() && is_x86_feature_detected!("avx512f")
+    fused() && is_x86_feature_detected!("avx512f") && !NARROW.load(Ordering::Relaxed)
 }
 
 /// Whether there are dot products of bytes in registers of 512 bits.
@@ -189,7 +202,10 @@ fn exp<A: Arith>(x: f32) -> f32 {
     // Outside, the scale below would leave the range of exponents; NaN passes through.
     let x = if x > 88.0 { 88.0 } else { x };
     let x = if x < -87.0 { -87.0 } else { x };
-    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    // Rounded to even, and the whole number in the lowest bits: a cast of floats that saturates does not vectorise.
+    const ROUND: f32 = 12_582_912.0;
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = A::fma(n, -0.693_359_4, x);
     let r = A::fma(n, 2.121_944_4e-4, r);
     let p = A::fma(r, 1.0 / 720.0, 1.0 / 120.0);
@@ -198,8 +214,8 @@ fn exp<A: Arith>(x: f32) -> f32 {
     let p = A::fma(p, r, 0.5);
     let p = A::fma(p, r, 1.0);
     let p = A::fma(p, r, 1.0);
-    // SAFETY of the cast by value: |n| ≤ 128; NaN becomes 0 and stays NaN through p.
-    let scale = f32::from_bits((((n as i32) + 127) as u32) << 23);
+    // |n| ≤ 128; NaN gives some scale and stays NaN through p.
+    let scale = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
     p * scale
 }
 

@@ -5,6 +5,7 @@
 
 use std::marker::PhantomData;
 
+use super::activations::Rounding;
 use super::blocks::from_f16;
 use super::kind::Kind;
 use super::matmul::PANEL;
@@ -205,10 +206,14 @@ impl Quants {
         }
     }
 
-    /// Inputs of a run and the offset of integers, for rounding activations.
-    pub fn rounding(&self) -> (usize, i32) {
+    /// How activations are rounded for these.
+    pub fn rounding(&self) -> Rounding {
         let shape = shape(self.kind);
-        (shape.run, shape.offset)
+        #[cfg(target_arch = "x86_64")]
+        let halves = shape.bits == 8 && !super::dots();
+        #[cfg(not(target_arch = "x86_64"))]
+        let halves = false;
+        Rounding { run: shape.run, offset: shape.offset, halves }
     }
 
     /// Runs `with` on this as quants of a kind that the compiler knows.

@@ -35,20 +35,25 @@ pub trait Vector: Copy {
 pub trait Dot: Vector {
     /// Four bytes a lane.
     type Bytes: Copy;
+    /// Four activations, the same in every lane.
+    type Activations: Copy;
     /// Sums under way.
     type Sums: Copy;
+    /// Whether activations for weights of eight bits are read as halves.
+    const HALVES: bool;
 
     unsafe fn bytes(p: *const u8) -> Self::Bytes;
     unsafe fn put(bytes: Self::Bytes, p: *mut u8);
     /// The bits of `mask` of each byte shifted right by `right`; left where that is negative.
     unsafe fn bits(bytes: Self::Bytes, right: i32, mask: u8) -> Self::Bytes;
     unsafe fn or(a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
-    /// The same four signed bytes in every lane.
-    unsafe fn quad(p: *const [i8; 4]) -> Self::Bytes;
+    /// Four activations, for weights of `width` bits: as bytes or, for those of eight bits, as halves, of which there are none
+    /// for others.
+    unsafe fn quad(codes: *const [i8; 4], halves: *const [i16; 4], width: usize) -> Self::Activations;
     unsafe fn start(sum: i32) -> Self::Sums;
     /// Adds the `n`th product of a sum of `count`; weights have `width` bits, so many that the compiler knows, as it does
     /// `n` and `count`. Activations are between -127 and 127.
-    unsafe fn dot(sums: Self::Sums, weights: Self::Bytes, x: Self::Bytes, place: Place) -> Self::Sums;
+    unsafe fn dot(sums: Self::Sums, weights: Self::Bytes, x: Self::Activations, place: Place) -> Self::Sums;
     /// The sums as f32: exactly, below 2²⁴.
     unsafe fn end(sums: Self::Sums) -> Self;
 }
@@ -61,6 +66,16 @@ pub struct Place {
     pub width: usize,
 }
 
+/// Sums of integers may be added up in any order, and the compiler, which sees those of a whole run at once, puts off most of
+/// them and keeps what they are made of in memory, as there are sixteen registers only. Here each is known when it is written.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn now(mut sums: __m256i) -> __m256i {
+    // SAFETY: no instruction at all.
+    unsafe { std::arch::asm!("/* {0} */", inout(ymm_reg) sums, options(nomem, nostack, preserves_flags)) };
+    sums
+}
+
 /// Eight values.
 #[derive(Clone, Copy)]
 pub struct Narrow(__m256);
@@ -68,6 +83,22 @@ pub struct Narrow(__m256);
 /// Sixteen values.
 #[derive(Clone, Copy)]
 pub struct Wide(__m512);
+
+impl Narrow {
+    /// The sum of the eight, added as the kernels' [`super::tree`] does.
+    ///
+    /// # Safety
+    /// As [`Vector`].
+    #[inline(always)]
+    pub unsafe fn tree(self) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let fours = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+            let twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
+            _mm_cvtss_f32(_mm_add_ss(twos, _mm_movehdup_ps(twos)))
+        }
+    }
+}
 
 // The intrinsics below are safe where the features are, which is what the trait's contract asks for; those with pointers
 // read `LANES` values.
@@ -186,8 +217,11 @@ impl Vector for Wide {
 
 impl Dot for Narrow {
     type Bytes = __m256i;
+    /// Bytes, or the first and third and the second and fourth halves.
+    type Activations = (__m256i, __m256i);
     /// Sums of 32 bits, and sums of 16 bits that have not been added to them yet.
     type Sums = (__m256i, __m256i);
+    const HALVES: bool = true;
 
     #[inline(always)]
     unsafe fn bytes(p: *const u8) -> __m256i {
@@ -217,9 +251,16 @@ impl Dot for Narrow {
         unsafe { _mm256_or_si256(a, b) }
     }
     #[inline(always)]
-    unsafe fn quad(p: *const [i8; 4]) -> __m256i {
+    unsafe fn quad(codes: *const [i8; 4], halves: *const [i16; 4], width: usize) -> Self::Activations {
         // SAFETY: the trait's contract.
-        unsafe { _mm256_set1_epi32(p.cast::<i32>().read_unaligned()) }
+        unsafe {
+            let every = |p: *const i32| _mm256_set1_epi32(p.read_unaligned());
+            if width == 8 {
+                (every(halves.cast()), every(halves.cast::<i32>().add(1)))
+            } else {
+                (every(codes.cast()), _mm256_setzero_si256())
+            }
+        }
     }
     #[inline(always)]
     unsafe fn start(sum: i32) -> (__m256i, __m256i) {
@@ -227,20 +268,19 @@ impl Dot for Narrow {
         unsafe { (_mm256_set1_epi32(sum), _mm256_setzero_si256()) }
     }
     #[inline(always)]
-    unsafe fn dot((sum, short): Self::Sums, weights: __m256i, x: __m256i, place: Place) -> Self::Sums {
+    unsafe fn dot((sum, short): Self::Sums, weights: __m256i, x: Self::Activations, place: Place) -> Self::Sums {
         // SAFETY: the trait's contract.
         unsafe {
             if place.width == 8 {
                 // Pairs of products of eight bits do not fit 16 bits: every second byte by itself.
-                let even = |bytes| _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(bytes));
-                let evens = _mm256_madd_epi16(_mm256_and_si256(weights, _mm256_set1_epi16(255)), even(x));
-                let odds = _mm256_madd_epi16(_mm256_srli_epi16::<8>(weights), _mm256_srai_epi16::<8>(x));
-                return (_mm256_add_epi32(_mm256_add_epi32(sum, evens), odds), short);
+                let evens = _mm256_madd_epi16(_mm256_and_si256(weights, _mm256_set1_epi16(255)), x.0);
+                let odds = _mm256_madd_epi16(_mm256_srli_epi16::<8>(weights), x.1);
+                return (now(_mm256_add_epi32(_mm256_add_epi32(sum, evens), odds)), short);
             }
             // So many pairs of products do.
             let fit = (i16::MAX as usize / (2 * 127 * ((1 << place.width) - 1))).min(place.count);
-            let pairs = _mm256_maddubs_epi16(weights, x);
-            let short = if place.n.is_multiple_of(fit) { pairs } else { _mm256_add_epi16(short, pairs) };
+            let pairs = _mm256_maddubs_epi16(weights, x.0);
+            let short = now(if place.n.is_multiple_of(fit) { pairs } else { _mm256_add_epi16(short, pairs) });
             if (place.n + 1).is_multiple_of(fit) {
                 (_mm256_add_epi32(sum, _mm256_madd_epi16(short, _mm256_set1_epi16(1))), short)
             } else {
@@ -257,7 +297,9 @@ impl Dot for Narrow {
 
 impl Dot for Wide {
     type Bytes = __m512i;
+    type Activations = __m512i;
     type Sums = __m512i;
+    const HALVES: bool = false;
 
     #[inline(always)]
     unsafe fn bytes(p: *const u8) -> __m512i {
@@ -287,9 +329,9 @@ impl Dot for Wide {
         unsafe { _mm512_or_si512(a, b) }
     }
     #[inline(always)]
-    unsafe fn quad(p: *const [i8; 4]) -> __m512i {
+    unsafe fn quad(codes: *const [i8; 4], _: *const [i16; 4], _: usize) -> __m512i {
         // SAFETY: the trait's contract.
-        unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
+        unsafe { _mm512_set1_epi32(codes.cast::<i32>().read_unaligned()) }
     }
     #[inline(always)]
     unsafe fn start(sum: i32) -> __m512i {

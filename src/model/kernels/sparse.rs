@@ -14,6 +14,15 @@ use super::weight::Stored;
 /// The most outputs that stand side by side: what one input's weights of them take is read as fast as whole pages.
 pub const STRIP: usize = 4 * PANEL;
 
+/// The most outputs whose sums the registers of this processor hold.
+pub fn strip() -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if super::wide() {
+        return STRIP;
+    }
+    2 * PANEL
+}
+
 /// Finds the inputs of x `[rows, inputs]` that are not zero in every row; all of them, unless they are few: memory gives the whole
 /// of what stands in order as soon as every third part of it.
 pub fn find_active(x: &[f32], inputs: usize, active: &mut Vec<u32>) {

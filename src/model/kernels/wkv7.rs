@@ -8,6 +8,8 @@ use super::LANES;
 use super::norm::head_norm;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Narrow, Vector, Wide};
+#[cfg(target_arch = "x86_64")]
+use super::tile::fetch;
 use super::{dot, exp, kernel, sigmoid};
 
 /// The largest head this kernel has room for.
@@ -28,6 +30,17 @@ pub struct HeadInputs<'a> {
     pub first_value: Option<(&'a [f32], &'a [f32])>,
 }
 
+#[cfg(target_arch = "x86_64")]
+impl HeadInputs<'_> {
+    /// Asks memory for all of them.
+    fn fetch(&self) {
+        let (gate, first) = self.first_value.unwrap_or_default();
+        for plane in [self.r, self.k, self.v, self.w, self.a, self.g, gate, first] {
+            plane.chunks(16).for_each(|line| fetch(line.as_ptr().cast()));
+        }
+    }
+}
+
 /// The parameters of one head, `[N]` each.
 pub struct HeadParams<'a> {
     pub w0: &'a [f32],
@@ -44,6 +57,10 @@ pub struct HeadParams<'a> {
 
 /// Tokens from which on it pays to turn a head's state, so that its value channels stand side by side.
 const TURNED_FROM: usize = 8;
+
+/// Tokens whose inputs are fetched ahead.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 2;
 
 /// The steps of one head over a span of tokens: updates `state [N, N]` (row = value channel, column = key channel) and lets
 /// `token(t)` give each token's inputs and where its output `[N]` goes.
@@ -64,6 +81,10 @@ pub fn wkv7_head<'a>(
         let mut turned = vec![0f32; n * n];
         turn(state, n, &mut turned);
         for t in 0..tokens {
+            // The planes are read in short pieces far apart, which no processor foresees.
+            if t + AHEAD < tokens {
+                token(t + AHEAD).0.fetch();
+            }
             let (x, out) = token(t);
             prepare(&x, p, &mut step);
             turned_step(&step, x.r, &mut turned, out);
@@ -74,6 +95,13 @@ pub fn wkv7_head<'a>(
     for t in 0..tokens {
         let (x, out) = token(t);
         prepare(&x, p, &mut step);
+        #[cfg(target_arch = "x86_64")]
+        if super::fused() && n.is_multiple_of(LANES) {
+            // SAFETY: the processor has the features.
+            unsafe { four_rows_step(&step, x.r, state, out) };
+            complete(&x, p, &step, out);
+            continue;
+        }
         rows_step(&step, x.r, state, out);
         complete(&x, p, &step, out);
     }
@@ -150,18 +178,61 @@ kernel! {
     }
 }
 
+/// The same with N a multiple of eight, four value channels at a time: while one waits for a sum, the others go on.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn four_rows_step(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
+    const ROWS: usize = 4;
+    let n = out.len();
+    assert!(n <= MAX_HEAD && n.is_multiple_of(LANES) && r.len() >= n && state.len() == n * n);
+    // SAFETY: the features are there; every index is below n, a multiple of the lanes and of the rows.
+    unsafe {
+        let of = |values: &[f32; MAX_HEAD], j: usize| Narrow::load(values.as_ptr().add(j));
+        for i in (0..n).step_by(ROWS) {
+            let rows = state.as_mut_ptr().add(i * n);
+            let mut sums = [Narrow::splat(0.0); ROWS];
+            for j in (0..n).step_by(LANES) {
+                let remove = of(&p.remove, j);
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    *sum = Narrow::load(rows.add(row * n + j)).fma(remove, *sum);
+                }
+            }
+            let (mut removed, mut value) = (sums, sums);
+            for row in 0..ROWS {
+                removed[row] = Narrow::splat(sums[row].tree());
+                value[row] = Narrow::splat(p.value[i + row]);
+            }
+            let mut sums = [Narrow::splat(0.0); ROWS];
+            for j in (0..n).step_by(LANES) {
+                let (decay, replace, key) = (of(&p.decay, j), of(&p.replace, j), of(&p.key, j));
+                let r = Narrow::load(r.as_ptr().add(j));
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    let at = rows.add(row * n + j);
+                    let added = removed[row].fma(replace, value[row].times(key));
+                    let new = Narrow::load(at).fma(decay, added);
+                    new.store(at);
+                    *sum = new.fma(r, *sum);
+                }
+            }
+            for (row, sum) in sums.into_iter().enumerate() {
+                out[i + row] = sum.tree();
+            }
+        }
+    }
+}
+
 /// The same for a state `[key channel, value channel]` with N a multiple of sixteen.
 #[cfg(target_arch = "x86_64")]
 fn turned_step(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
     #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     fn wide(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
         // SAFETY: the features are there.
-        unsafe { turned_step_in::<Wide>(p, r, state, out) }
+        unsafe { turned_step_in::<Wide, 2>(p, r, state, out) }
     }
     #[target_feature(enable = "avx2,fma,f16c")]
     fn narrow(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
         // SAFETY: the features are there.
-        unsafe { turned_step_in::<Narrow>(p, r, state, out) }
+        unsafe { turned_step_in::<Narrow, 1>(p, r, state, out) }
     }
     // SAFETY: the caller has looked for AVX2, and `wide` looks for AVX-512.
     unsafe { if super::wide() { wide(p, r, state, out) } else { narrow(p, r, state, out) } }
@@ -173,32 +244,71 @@ fn turned_step(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
 /// As [`Vector`].
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn turned_step_in<V: Vector>(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
+unsafe fn turned_step_in<V: Vector, const G: usize>(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
     let n = out.len();
     assert!(n <= MAX_HEAD && n.is_multiple_of(16) && r.len() >= n && state.len() == n * n);
-    // SAFETY: the caller has looked for the features; every index is below n, a multiple of the lanes.
+    let mut i = 0;
+    // SAFETY: the caller has looked for the features; so many value channels from i on are there.
+    unsafe {
+        while i + G * V::LANES <= n {
+            value_channels::<V, G>(p, r, state, out, i);
+            i += G * V::LANES;
+        }
+        while i < n {
+            value_channels::<V, 1>(p, r, state, out, i);
+            i += V::LANES;
+        }
+    }
+}
+
+/// [`turned_step_in`] for G vectors of value channels from `i` on.
+///
+/// # Safety
+/// As [`Vector`]; there are so many, and every slice is as long as it must be.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn value_channels<V: Vector, const G: usize>(
+    p: &Prepared,
+    r: &[f32],
+    state: &mut [f32],
+    out: &mut [f32],
+    i: usize,
+) {
+    let n = out.len();
+    // SAFETY: the caller's promise; every index is below n.
     unsafe {
         let tree = |s: [V; LANES]| (s[0].plus(s[4]).plus(s[2].plus(s[6]))).plus(s[1].plus(s[5]).plus(s[3].plus(s[7])));
-        for i in (0..n).step_by(V::LANES) {
-            let column = state.as_mut_ptr().add(i);
-            let mut sums = [V::splat(0.0); LANES];
-            for j in (0..n).step_by(LANES) {
-                for (l, sum) in sums.iter_mut().enumerate() {
-                    *sum = V::load(column.add((j + l) * n)).fma(V::splat(p.remove[j + l]), *sum);
+        let column = state.as_mut_ptr().add(i);
+        let mut sums = [[V::splat(0.0); LANES]; G];
+        for j in (0..n).step_by(LANES) {
+            for l in 0..LANES {
+                let remove = V::splat(p.remove[j + l]);
+                for (g, sums) in sums.iter_mut().enumerate() {
+                    sums[l] = V::load(column.add((j + l) * n + g * V::LANES)).fma(remove, sums[l]);
                 }
             }
-            let (removed, value) = (tree(sums), V::load(p.value.as_ptr().add(i)));
-            let mut sums = [V::splat(0.0); LANES];
-            for j in (0..n).step_by(LANES) {
-                for (l, sum) in sums.iter_mut().enumerate() {
-                    let at = column.add((j + l) * n);
-                    let added = removed.fma(V::splat(p.replace[j + l]), value.times(V::splat(p.key[j + l])));
-                    let new = V::load(at).fma(V::splat(p.decay[j + l]), added);
+        }
+        let (mut removed, mut value) = ([V::splat(0.0); G], [V::splat(0.0); G]);
+        for g in 0..G {
+            removed[g] = tree(sums[g]);
+            value[g] = V::load(p.value.as_ptr().add(i + g * V::LANES));
+        }
+        let mut sums = [[V::splat(0.0); LANES]; G];
+        for j in (0..n).step_by(LANES) {
+            for l in 0..LANES {
+                let (replace, key) = (V::splat(p.replace[j + l]), V::splat(p.key[j + l]));
+                let (decay, r) = (V::splat(p.decay[j + l]), V::splat(*r.get_unchecked(j + l)));
+                for (g, sums) in sums.iter_mut().enumerate() {
+                    let at = column.add((j + l) * n + g * V::LANES);
+                    let added = removed[g].fma(replace, value[g].times(key));
+                    let new = V::load(at).fma(decay, added);
                     new.store(at);
-                    *sum = new.fma(V::splat(*r.get_unchecked(j + l)), *sum);
+                    sums[l] = new.fma(r, sums[l]);
                 }
             }
-            tree(sums).store(out.as_mut_ptr().add(i));
+        }
+        for (g, sums) in sums.into_iter().enumerate() {
+            tree(sums).store(out.as_mut_ptr().add(i + g * V::LANES));
         }
     }
 }
