@@ -142,7 +142,9 @@ impl Sessions {
         match self.archive.reclaim(tenant, id, now).await {
             Ok(_) => {}
             // It is deleted; the sweep removes what is left.
-            Err(error) if deleted => tracing::warn!(session = %id, %error, "what a deleted session left is still there"),
+            Err(error) if deleted => {
+                tracing::warn!(session = %id, %error, "what a deleted session left is still there")
+            }
             Err(error) => return Err(error.into()),
         }
         self.policy.quotas.count_again(tenant).await;

@@ -113,11 +113,8 @@ impl Sessions {
             Task::Tenant(tenant) => {
                 let folders =
                     ["states", "evicted", "deleted"].map(|folder| Task::Folder(format!("t/{tenant}/{folder}")));
-                let all = [
-                    Task::States(tenant.clone(), None),
-                    Task::Sessions(tenant.clone(), None),
-                    Task::Streams(tenant),
-                ];
+                let all =
+                    [Task::States(tenant.clone(), None), Task::Sessions(tenant.clone(), None), Task::Streams(tenant)];
                 first(tasks, folders.into_iter().chain(all));
             }
             Task::States(tenant, after) => {

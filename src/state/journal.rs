@@ -107,7 +107,11 @@ impl Archive {
         Ok(salvaged)
     }
 
-    async fn read_entry<T: DeserializeOwned>(&self, journal: &Journal, n: u64) -> Result<Option<T>, Error> {
+    /// One entry.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if it cannot be read.
+    pub async fn read_entry<T: DeserializeOwned>(&self, journal: &Journal, n: u64) -> Result<Option<T>, Error> {
         let key = journal.entry(n);
         let Some(bytes) = self.store.get(&key).await? else { return Ok(None) };
         open(&key, &bytes).map(Some).map_err(|why| damaged(&key, why))

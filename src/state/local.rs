@@ -91,7 +91,9 @@ impl Local {
 
     /// The folder, if it is there.
     async fn there(&self, key: &str) -> Result<Option<&Opened>, Error> {
-        if !self.is_opened() && matches!(std::fs::symlink_metadata(&self.folder), Err(e) if e.kind() == ErrorKind::NotFound) {
+        if !self.is_opened()
+            && matches!(std::fs::symlink_metadata(&self.folder), Err(e) if e.kind() == ErrorKind::NotFound)
+        {
             check(key)?;
             return Ok(None);
         }

@@ -90,7 +90,8 @@ async fn what_only_stores_says_that_the_disk_is_full_and_changes_nothing() {
     let conversation = format!("/v1/conversations/{}", conversation["id"].as_str().expect("an id"));
     let shown = async || {
         let mut all = Vec::new();
-        for path in ["/v1/sessions", "/v1/states", "/v1/sessions/s/turns", &response, &format!("{conversation}/items")] {
+        for path in ["/v1/sessions", "/v1/states", "/v1/sessions/s/turns", &response, &format!("{conversation}/items")]
+        {
             all.push(client.get(path).await.json());
         }
         all
@@ -171,7 +172,10 @@ async fn a_detached_response_is_delivered_though_its_journal_cannot_be_written()
         store.fail(false);
         assert_eq!((whole.answer(), said(&chunks, 0)), (well.clone(), well.clone()), "{only}");
         for end in [&whole.json(), crate::server::last(&chunks)] {
-            assert_eq!((end.get("state"), &end["state_error"]["code"]), (Some(&Value::Null), &json!("state_store_failed")));
+            assert_eq!(
+                (end.get("state"), &end["state_error"]["code"]),
+                (Some(&Value::Null), &json!("state_store_failed"))
+            );
             let message = end["state_error"]["message"].as_str().expect("a message");
             assert!(message.contains("not detached") && message.contains("is full"), "{message}");
         }
@@ -371,7 +375,29 @@ async fn a_damaged_turn_stands_in_its_place_among_the_others() {
         let page = client.get("/v1/sessions/s/turns?limit=2&after=turn-2").await.json();
         assert_eq!((&page["data"], &page["has_more"]), (&json!([good[2], good[3]]), &json!(false)));
         assert_eq!(client.get("/v1/sessions/s/turns?after=turn-x").await.status, 400);
-        assert_eq!(client.get(&format!("/v1/sessions/s/turns?after=turn-{}", u64::MAX)).await.json()["data"], json!([]));
+        assert_eq!(
+            client.get(&format!("/v1/sessions/s/turns?after=turn-{}", u64::MAX)).await.json()["data"],
+            json!([])
+        );
     }
     assert_eq!(client.ok(COMPLETIONS, turn(" so", "s")).await.json()["state"]["turn"], 5);
+}
+
+#[tokio::test]
+async fn a_conversation_whose_journal_has_a_gap_says_so() {
+    let store = Arc::new(InMemory::default());
+    let server = Server::over(store.clone());
+    let client = server.client();
+    let items = json!({"items": [{"role": "user", "content": "A cat"}]});
+    let conversation = client.ok("/v1/conversations", items.clone()).await.json();
+    let path = format!("/v1/conversations/{}", conversation["id"].as_str().expect("an id"));
+    for _ in 0..2 {
+        client.ok(&format!("{path}/items"), items.clone()).await;
+    }
+    assert!(store.delete(&format!("t/local/{}/000000000001", &path[4..])).await.expect("a store"));
+    for reply in [client.get(&path).await, client.post(&format!("{path}/items"), items).await] {
+        assert_eq!((reply.status, reply.code().as_str()), (500, "conversation_damaged"), "{}", reply.text);
+    }
+    assert_eq!(client.delete(&path).await.status, 200);
+    assert_eq!(client.get(&path).await.code(), "conversation_not_found");
 }

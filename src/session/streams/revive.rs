@@ -150,7 +150,9 @@ impl Sessions {
         let begun = match (entries.next(), &damage) {
             (Some(Entry::Begun(begun)), _) => *begun,
             (_, Some(Damaged(why))) => return Err(Error::ResponseDamaged(id.into(), why.clone())),
-            (Some(_), None) => return Err(Error::ResponseDamaged(id.into(), "it does not begin with a request".into())),
+            (Some(_), None) => {
+                return Err(Error::ResponseDamaged(id.into(), "it does not begin with a request".into()));
+            }
             (None, None) => {
                 // The process was lost before it had begun, or after the answer was removed; another one may be about to begin.
                 if !self.hub.rules.shared {
@@ -169,7 +171,12 @@ impl Sessions {
         self.check_weights(&turn, &resumed).await?;
         if let Some(Damaged(why)) = damage {
             // What was told behind it is told again, to the same bits: it is computed from the same request and seed.
-            tracing::warn!(response = id, entry = next, why, "a journal is damaged; what it said from there on is computed again");
+            tracing::warn!(
+                response = id,
+                entry = next,
+                why,
+                "a journal is damaged; what it said from there on is computed again"
+            );
             self.archive.cut_stream(tenant, id, next).await?;
         }
         if self.archive.append(&resumed.journal, next, &Entry::told(Vec::new())).await? == Put::Exists {
@@ -197,7 +204,13 @@ impl Sessions {
         if self.hub.find(tenant, id).is_some() {
             return Ok(None);
         }
-        let Salvaged { entries, damage, behind } = self.archive.salvage::<Entry>(&Journal::stream(tenant, id)).await?;
+        let journal = Journal::stream(tenant, id);
+        // As good as always it is whole; the rest need not be read.
+        match self.archive.read_entry::<Entry>(&journal, 0).await {
+            Ok(None) | Err(state::Error::Damaged { .. }) => {}
+            other => return other.map(|_| None).map_err(Error::from),
+        }
+        let Salvaged { entries, damage, behind } = self.archive.salvage::<Entry>(&journal).await?;
         let Some(Damaged(why)) = damage.filter(|_| entries.is_empty()) else { return Ok(None) };
         let last = behind.iter().map(Entry::at).max().unwrap_or(0);
         if self.hub.rules.shared && clock::unix_seconds().saturating_sub(last) < ORPHANED.as_secs() {
