@@ -18,7 +18,7 @@ use crate::engine::{Handle, ModelBackend, Speculation};
 use crate::model::{self, Checkpoint, LoadOptions, Lora, Team};
 use crate::scheduler::Limits;
 use crate::session::{InitialStates, Model, ModelCard, Policy, Quotas, Sessions, SweepPace};
-use crate::state::{Archive, Bounded, Bucket, BucketUrl, InMemory, Local, Storage, Store, Tiered, is_state};
+use crate::state::{Archive, Bounded, Bucket, BucketUrl, DiskFault, InMemory, Local, Storage, Store, Tiered, is_state};
 use crate::telemetry::{clock, metrics};
 use crate::text::{self, Profile, Tokenizer};
 
@@ -128,7 +128,7 @@ async fn store(states: &config::States) -> anyhow::Result<Arc<dyn Store>> {
     if states.dir == ":memory:" {
         return Ok(Arc::new(InMemory::default()));
     }
-    Ok(Arc::new(Local::open(state_dir(states)?).await?))
+    Ok(Arc::new(folder(state_dir(states)?).await?))
 }
 
 /// Where states of texts go that have no room in memory. They are this machine's own, also where servers share a bucket.
@@ -136,7 +136,12 @@ async fn prefixes(config: &Config) -> anyhow::Result<Option<Arc<dyn Store>>> {
     if !config.prefix_cache.enabled || config.prefix_cache.disk_bytes == 0 {
         return Ok(None);
     }
-    Ok(Some(Arc::new(Local::open(state_dir(&config.states)?.join("prefixes")).await?)))
+    Ok(Some(Arc::new(folder(state_dir(&config.states)?.join("prefixes")).await?)))
+}
+
+async fn folder(path: PathBuf) -> anyhow::Result<Local> {
+    let mend = "name a folder that this user may make and write, with --state-dir or `[states] dir`, or `:memory:`";
+    Local::open(path).await.map_err(|error| anyhow::anyhow!("{error}; {mend}"))
 }
 
 /// Memory before the disk before the bucket.
@@ -146,13 +151,18 @@ async fn shared_store(states: &config::States) -> anyhow::Result<Arc<dyn Store>>
         // Copies of an earlier process, whose use nobody noted: they would never go.
         let dir = state_dir(states)?.join("copies");
         match fs::remove_dir_all(&dir) {
+            Err(e) if DiskFault::of(&e).is_some() => {
+                tracing::warn!(folder = %dir.display(), error = %e, "no copies of states are kept on disk: old ones cannot be removed");
+                Arc::new(bucket)
+            }
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 return Err(e).with_context(|| format!("cannot empty {}", dir.display()));
             }
-            _ => {}
+            _ => {
+                let disk = Bounded::new(folder(dir).await?, states.disk_bytes);
+                Arc::new(Tiered::new(disk, Arc::new(bucket), is_state))
+            }
         }
-        let disk = Bounded::new(Local::open(dir).await?, states.disk_bytes);
-        Arc::new(Tiered::new(disk, Arc::new(bucket), is_state))
     } else {
         Arc::new(bucket)
     };

@@ -285,7 +285,8 @@ impl World {
         for side in &self.sides {
             let turns = side.sessions.turns(&Tenant::local(), id, Page { limit: 1000, after: None }).await;
             let turns = turns.map(|turns| turns.data).unwrap_or_default().into_iter();
-            let said = |t: rewake::session::TurnInfo| {
+            let said = |turned| {
+                let rewake::session::Turned::Whole(t) = turned else { panic!("a turn is lost") };
                 (
                     t.turn,
                     t.messages,

@@ -12,6 +12,8 @@ mod cluster;
 mod conformance;
 #[path = "server/conversations.rs"]
 mod conversations;
+#[path = "server/disks.rs"]
+mod disks;
 #[path = "server/durability.rs"]
 mod durability;
 #[path = "server/errors.rs"]

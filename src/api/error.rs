@@ -117,7 +117,11 @@ impl Error {
     /// What the request's log line says of it.
     pub fn failure(&self) -> Failure {
         let wire = self.wire();
-        Failure { code: wire.code, detail: wire.hidden.then(|| self.to_string()) }
+        let detail = match self.cause() {
+            Self::Session(error) if error.detail().is_some() => error.detail().map(String::from),
+            _ => wire.hidden.then(|| self.to_string()),
+        };
+        Failure { code: wire.code, detail }
     }
 
     fn public_message(&self) -> String {
@@ -179,6 +183,13 @@ impl Error {
                 S::Full { retry_after } => Wire::new(429, "rate_limit_exceeded").after(*retry_after),
                 S::Loading => Wire::new(503, "loading").after(RESTART),
                 S::Draining => Wire::new(503, "shutting_down").after(RESTART),
+                // Until the right server is started.
+                S::ResponseWaits { .. } => {
+                    Wire::new(409, "state_model_mismatch").param(Some("response_id")).after(RESTART)
+                }
+                S::KeyDamaged(_) => Wire::new(500, "session_damaged").param(Some("idempotency-key")).shown().last(),
+                // A disk takes longer to be mended than an SDK waits.
+                S::NotStored { .. } => Wire::new(500, "store_failed").shown().last(),
                 S::Store(_) => Wire::new(500, "store_failed"),
                 S::Engine(_) => Wire::new(500, "engine_failed"),
             },
@@ -296,7 +307,12 @@ mod tests {
         let conflict = S::SessionConflict { session: session.clone(), head: state.to_string() };
         let beginning = S::InitialStateMismatch { session: session.clone(), began_from: "elsewhere".into() };
         let lost = S::TurnConflict { session: session.clone(), state: Some(state.clone()) };
-        let cases: [(Error, u16, &str, Option<&str>); 25] = [
+        let full = S::NotStored { message: "the disk is full".into(), detail: Some("/secret/path".into()) };
+        let waits = S::ResponseWaits { id: "cmpl-1".into(), model: "m".into() };
+        let cases: [(Error, u16, &str, Option<&str>); 28] = [
+            (full.into(), 500, "store_failed", None),
+            (waits.into(), 409, "state_model_mismatch", Some("response_id")),
+            (S::KeyDamaged(session.clone()).into(), 500, "session_damaged", Some("idempotency-key")),
             (S::StateUnusable(state.clone()).into(), 400, "invalid_state", Some("state_id")),
             (lost.into(), 409, "session_conflict", Some("session_id")),
             (S::TurnRunning(session.clone()).into(), 409, "session_busy", Some("session_id")),
@@ -355,6 +371,10 @@ mod tests {
         assert!(!body.contains("secret"), "{body}");
         let logged = Error::from(S::Store("/secret/path".into())).failure().detail.unwrap();
         assert!(logged.contains("/secret/path"));
+        let full = S::NotStored { message: "the disk is full".into(), detail: Some("/secret/path".into()) };
+        let full = Error::from(full);
+        assert_eq!(full.body().error.message, "the disk is full");
+        assert_eq!(full.failure().detail.as_deref(), Some("/secret/path"));
         assert!(Error::invalid("prompt", "a client's own text").failure().detail.is_none());
         let long = Error::invalid("x", "ü".repeat(2000)).body();
         assert!(long.error.message.len() < 2 * LONGEST_MESSAGE);

@@ -22,7 +22,8 @@ pub enum Refusals {
     NotFound(ErrorBody),
     /// The server failed: `store_failed`, `engine_failed` or `internal_error`; its log tells more under the `x-request-id`. Or
     /// what is stored is not what was written: `state_damaged`, `session_damaged`, `response_damaged` or
-    /// `conversation_damaged`; asking again does not help, and it can be deleted.
+    /// `conversation_damaged`; asking again does not help, and it can be deleted (a stream as a response). Where the disk that holds states is full,
+    /// read-only or not to be written, the message of `store_failed` says so, and nothing was changed.
     #[response(status = 500)]
     Failed(ErrorBody),
 }
@@ -31,7 +32,7 @@ pub enum Refusals {
 #[derive(IntoResponses)]
 #[allow(dead_code, reason = "only for the documentation")]
 pub enum Conflicts {
-    /// `state_model_mismatch`, `initial_state_mismatch`, `session_busy`, `response_cancelled` (as the last event of a stream), or `session_conflict` (another server committed a
+    /// `state_model_mismatch` (with `retry-after` of a response that waits for its weights), `initial_state_mismatch`, `session_busy`, `response_cancelled` (as the last event of a stream), or `session_conflict` (another server committed a
     /// turn first; the header `x-state-id` names the state of this one), with `x-should-retry: false`. `session_busy` with
     /// `retry-after` when the very turn is running, by its `Idempotency-Key`.
     #[response(status = 409)]

@@ -17,7 +17,7 @@ use super::openai::{if_match, refuse_unknown};
 use super::refusals::Refusals;
 use super::states::state_id;
 use super::{App, Caller, Error, ErrorBody};
-use crate::session::{At, Branching, Listing, SessionInfo, TurnInfo};
+use crate::session::{At, Branching, Listing, SessionInfo, TurnInfo, Turned};
 use crate::types::{Message, Role, SessionId};
 
 /// A named conversation.
@@ -136,9 +136,46 @@ impl SessionTurn {
     }
 }
 
-impl Identified for SessionTurn {
+/// A turn that is there, and whose record is damaged or lost.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DamagedTurn {
+    /// `turn-` and its number, which `after` takes: its state's id is not known.
+    pub id: String,
+    /// `session.turn`.
+    #[schema(value_type = String)]
+    pub object: &'static str,
+    /// From 1.
+    pub turn: u64,
+    /// Always true.
+    pub damaged: bool,
+}
+
+/// A turn of a session; a damaged one has `damaged` and no words.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum ListedTurn {
+    Whole(Box<SessionTurn>),
+    Damaged(DamagedTurn),
+}
+
+impl ListedTurn {
+    fn new(turned: Turned, token_ids: bool) -> Self {
+        match turned {
+            Turned::Whole(info) => Self::Whole(Box::new(SessionTurn::new(*info, token_ids))),
+            Turned::Lost(turn) => {
+                let id = Turned::lost_id(turn);
+                Self::Damaged(DamagedTurn { id, object: "session.turn", turn, damaged: true })
+            }
+        }
+    }
+}
+
+impl Identified for ListedTurn {
     fn id(&self) -> &str {
-        &self.id
+        match self {
+            Self::Whole(turn) => &turn.id,
+            Self::Damaged(turn) => &turn.id,
+        }
     }
 }
 
@@ -213,24 +250,25 @@ pub struct TurnsQuery {
     token_ids: bool,
 }
 
-/// List the turns of a session, oldest first.
+/// List the turns of a session, oldest first. One whose record is damaged or lost stands in its place with `damaged`; the others
+/// are still whole, and the session goes on.
 #[utoipa::path(
     get,
     path = "/v1/sessions/{id}/turns",
     tag = "sessions",
     params(("id" = String, Path, description = "Name of a session"), TurnsQuery),
-    responses((status = 200, description = "One page", body = List<SessionTurn>), Refusals),
+    responses((status = 200, description = "One page", body = List<ListedTurn>), Refusals),
 )]
 pub async fn list_turns(
     State(app): State<Arc<App>>,
     caller: Caller,
     Name(id): Name,
     Query(query): Query<TurnsQuery>,
-) -> Result<Json<List<SessionTurn>>, Error> {
+) -> Result<Json<List<ListedTurn>>, Error> {
     let page = page(query.limit, query.after)?;
     let listing = app.sessions.turns(&caller.tenant, &session_id(id)?, page).await;
     let listing = listing.map_err(|error| Error::from(error).renamed(&[("state_id", "after")]))?;
-    let data = listing.data.into_iter().map(|turn| SessionTurn::new(turn, query.token_ids)).collect();
+    let data = listing.data.into_iter().map(|turn| ListedTurn::new(turn, query.token_ids)).collect();
     Ok(Json(List::new(Listing { data, has_more: listing.has_more })))
 }
 

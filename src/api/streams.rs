@@ -17,7 +17,7 @@ use super::openai::reply::{Chunk, Opening, events};
 use super::record::Record;
 use super::refusals::{Refusals, Unavailable};
 use super::responses::Teller;
-use super::{App, Caller, Error, sse};
+use super::{App, Caller, Error, ErrorBody, sse};
 use crate::session::{self, Running};
 
 /// The request header in which browsers say what they have.
@@ -49,6 +49,8 @@ pub struct StreamQuery {
     ),
     responses(
         (status = 200, description = "What follows", content_type = "text/event-stream", body = Chunk<ChatPiece>),
+        (status = 409, description = "`state_model_mismatch`: it goes on when a server with the weights it was begun with is \
+                                      started; see `retry-after`", body = ErrorBody),
         Refusals,
         Unavailable,
     ),

@@ -233,9 +233,13 @@ pub(super) fn said(model: &Model, input: &Input) -> (Vec<Message>, Option<String
     (Vec::new(), text)
 }
 
-/// The cause is for the log only: it may name paths.
-fn failed(code: Cow<'static, str>, message: &str, cause: Option<&state::Error>) -> StateError {
+/// The cause is for the log, as it may name paths, but for what it says of the disk.
+pub(super) fn failed(code: Cow<'static, str>, message: &str, cause: Option<&state::Error>) -> StateError {
     tracing::error!(%code, message, cause = cause.map(tracing::field::display), "a state was not kept");
     metrics::state_failed();
-    StateError { code, message: message.into() }
+    let message = match cause {
+        Some(state::Error::Store { fault: Some(fault), .. }) => format!("{message}: {fault}"),
+        _ => message.into(),
+    };
+    StateError { code, message }
 }

@@ -124,6 +124,24 @@ pub struct SessionInfo {
     pub metadata: BTreeMap<String, String>,
 }
 
+/// A turn of a session, as far as its record tells.
+#[derive(Clone, Debug)]
+pub enum Turned {
+    Whole(Box<TurnInfo>),
+    /// The record of the turn of that number is damaged or lost.
+    Lost(u64),
+}
+
+/// What a lost turn's number stands behind where an id is asked for.
+const LOST: &str = "turn-";
+
+impl Turned {
+    /// What stands for the id of a lost turn, whose state is not known.
+    pub fn lost_id(number: u64) -> String {
+        format!("{LOST}{number}")
+    }
+}
+
 /// One committed turn of a session.
 #[derive(Clone, Debug)]
 pub struct TurnInfo {
@@ -307,11 +325,22 @@ impl Sessions {
         self.find(name).map(|m| m.card.clone())
     }
 
-    fn find(&self, name: Option<&str>) -> Result<&Arc<Model>, Error> {
+    /// The model with these weights, if it is served: rather the one of that name.
+    fn with_weights(&self, fingerprint: &str, name: &str) -> Result<Option<&Arc<Model>>, Error> {
+        let same = |model: &&Arc<Model>| model.card.fingerprint == fingerprint;
+        let mut models = self.served()?.iter().filter(same);
+        Ok(models.clone().find(|model| model.card.id == name).or_else(|| models.next()))
+    }
+
+    fn served(&self) -> Result<&[Arc<Model>], Error> {
         if self.draining.load(Ordering::Acquire) {
             return Err(Error::Draining);
         }
-        let models = self.models.get().ok_or(Error::Loading)?;
+        self.models.get().map(Vec::as_slice).ok_or(Error::Loading)
+    }
+
+    fn find(&self, name: Option<&str>) -> Result<&Arc<Model>, Error> {
+        let models = self.served()?;
         let named = |name: &str| models.iter().find(|m| m.card.id == name || m.card.aliases.iter().any(|a| a == name));
         match name {
             Some(name) => named(name).ok_or_else(|| Error::ModelNotFound(name.into())),
@@ -369,12 +398,21 @@ impl From<state::Error> for Error {
                 tracing::error!(key, why, "a stored object is damaged");
                 Error::SessionDamaged(why)
             }
+            state::Error::Store { fault: Some(fault), .. } => {
+                let message = format!("{fault}. Nothing was changed");
+                Error::NotStored { message, detail: Some(error.to_string()) }
+            }
             other => Error::Store(other.to_string()),
         }
     }
 }
 
 impl Error {
+    /// What the log should say beside it, and clients should not see.
+    pub fn detail(&self) -> Option<&str> {
+        if let Self::NotStored { detail, .. } = self { detail.as_deref() } else { None }
+    }
+
     /// Damage of a response's records, not of a session's.
     fn of_response(self, id: &str) -> Self {
         if let Self::SessionDamaged(why) = self { Self::ResponseDamaged(id.into(), why) } else { self }

@@ -110,7 +110,7 @@ fn not_kept(why: StateError, begins: Option<StateId>) -> Error {
     match begins {
         _ if why.code == StateError::QUOTA => Error::QuotaExceeded { message: why.message },
         Some(state) if why.code == StateError::UNFIT => Error::StateUnusable(state),
-        _ => Error::Store(why.message),
+        _ => Error::NotStored { message: why.message, detail: None },
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::branch::check_head;
 use super::prefix::Forgotten;
-use super::{Error, Listing, Page, SessionInfo, Sessions, StateInfo, TurnInfo};
+use super::{Error, LOST, Listing, Page, SessionInfo, Sessions, StateInfo, TurnInfo, Turned};
 use crate::state::{self, At, Entry, Info, Listed, Origin, Wanted};
 use crate::telemetry::clock;
 use crate::types::{Message, Role, SessionId, StateId, Tenant};
@@ -102,21 +102,26 @@ impl Sessions {
         head.and_then(|entry| session_info(id.clone(), entry)).ok_or_else(|| Error::SessionNotFound(id.clone()))
     }
 
-    /// A session's turns, oldest first; `page.after` is the state id of one of them.
-    pub async fn turns(&self, tenant: &Tenant, id: &SessionId, page: Page) -> Result<Listing<TurnInfo>, Error> {
+    /// A session's turns, oldest first; `page.after` is the state id of one of them, or [`Turned::lost_id`] of a lost one.
+    pub async fn turns(&self, tenant: &Tenant, id: &SessionId, page: Page) -> Result<Listing<Turned>, Error> {
         let not_found = || Error::SessionNotFound(id.clone());
         let after = match page.after {
             None => 0,
-            Some(state) => {
-                let state = after(StateId::parse(state))?;
-                let head = self.archive.head(tenant, id).await?.live.ok_or_else(not_found)?;
-                let turn = self.archive.turn(tenant, id, &head, &At::State(state.clone())).await?;
-                turn.ok_or(Error::StateNotFound(state))?.entry.depth
-            }
+            Some(name) => match name.strip_prefix(LOST).and_then(|number| number.parse().ok()) {
+                Some(number) => number,
+                None => {
+                    let state = after(StateId::parse(name))?;
+                    let head = self.archive.head(tenant, id).await?.live.ok_or_else(not_found)?;
+                    let turn = self.archive.turn(tenant, id, &head, &At::State(state.clone())).await?;
+                    turn.ok_or(Error::StateNotFound(state))?.entry.depth
+                }
+            },
         };
-        let turns = self.archive.turns(tenant, id, after, page.limit).await?.ok_or_else(not_found)?;
-        let has_more = turns.has_more;
-        Ok(Listing { data: turns.data.into_iter().filter_map(turn_info).collect(), has_more })
+        let turns = self.archive.numbered_turns(tenant, id, after, page.limit).await?.ok_or_else(not_found)?;
+        let turned = |(number, entry): (u64, Option<Entry>)| {
+            entry.and_then(turn_info).map_or(Turned::Lost(number), |turn| Turned::Whole(Box::new(turn)))
+        };
+        Ok(listing(turns, turned))
     }
 
     /// Ends a session at once and removes its states, but for those other sessions have. Not while it runs a turn.
@@ -132,7 +137,16 @@ impl Sessions {
             check_head(id, &self.archive.readable_head(tenant, id).await?, if_match)?;
         }
         let forgotten = self.read_of(tenant, id).await?;
-        let deleted = self.archive.delete(tenant, id, clock::unix_seconds()).await?;
+        let now = clock::unix_seconds();
+        let deleted = self.archive.bury(tenant, id, now).await?;
+        match self.archive.reclaim(tenant, id, now).await {
+            Ok(_) => {}
+            // It is deleted; the sweep removes what is left.
+            Err(error) if deleted => {
+                tracing::warn!(session = %id, %error, "what a deleted session left is still there")
+            }
+            Err(error) => return Err(error.into()),
+        }
         self.policy.quotas.count_again(tenant).await;
         if let Some(prefix) = &self.prefix {
             prefix.forget(tenant, forgotten);

@@ -15,7 +15,7 @@ use super::prefix::{self, Reader};
 use super::streams::{Facts, NewStream, Resumed, Source, Stream, Why, Writer};
 use super::{Cached, Error, Event, Model, Running, Sessions, Start, StateReceipt, Turn};
 use crate::engine::{self, Job, Permit};
-use crate::state::Entry;
+use crate::state::{self, Entry};
 use crate::types::SessionId;
 
 impl Sessions {
@@ -90,8 +90,14 @@ impl Sessions {
         if let Some(resumed) = resumed {
             texts.extend((0..stream.facts.choices).map(|choice| (choice, resumed.text(choice))));
             writer.resume(resumed);
-        } else if plan.turn.delivery.detach {
-            writer.begin(&plan.turn, parent).await?;
+        } else if plan.turn.delivery.detach
+            && let Err(error) = writer.begin(&plan.turn, parent).await
+        {
+            // Of one that was only to be stored, nobody waits for the text.
+            if plan.turn.delivery.keep {
+                return Err(error.into());
+            }
+            writer.attach(&error);
         }
         let keeper = self.keeper(plan, created, cached_tokens);
         let run = Run { model, jobs, reader, keeper, writer, texts };
@@ -123,9 +129,20 @@ impl Sessions {
     async fn replay(&self, turn: &Turn, model: &Model, origin: &Origin) -> Result<Option<Running>, Error> {
         let (Some(key), Some(session)) = (&turn.idempotency_key, &origin.session) else { return Ok(None) };
         let Some(head) = &session.head.live else { return Ok(None) };
-        let Some(entry) = self.archive.keyed(&turn.tenant, &session.id, key, head.first).await? else {
-            return Ok(None);
+        // The last turn tells its key itself, whatever became of the key's mark.
+        let keyed = if head.record.idempotency_key.as_ref() == Some(key) {
+            Some(head.clone())
+        } else {
+            let keyed = self.archive.keyed(&turn.tenant, &session.id, key, head.first).await;
+            keyed.map_err(|error| match error {
+                state::Error::Damaged { key, why } => {
+                    tracing::error!(key, why, "what tells of a turn by its key is damaged");
+                    Error::KeyDamaged(session.id.clone())
+                }
+                other => other.into(),
+            })?
         };
+        let Some(entry) = keyed else { return Ok(None) };
         let record = &entry.record;
         let begun_from = record.beginning.as_ref().and_then(|beginning| beginning.name.as_ref());
         let (messages, text) = said(model, &turn.input);

@@ -21,7 +21,7 @@ pub struct Swept {
     pub expired: u64,
     /// States that no record names: their turn was cut off before it was committed.
     pub orphans: u64,
-    /// Damaged states, moved out of the way.
+    /// Damaged states and journals, moved out of the way.
     pub set_aside: u64,
     /// Files that interrupted writes left.
     pub torn: u64,
@@ -36,7 +36,33 @@ enum Task {
     Sessions(Tenant, Option<String>),
     State(Tenant, StateId),
     Session(Tenant, SessionId),
+    Streams(Tenant),
+    Stream(Tenant, String),
     Folder(String),
+}
+
+/// What could not be swept: the next round comes by again, and a disk that is full or read-only fails at every object.
+#[derive(Default)]
+struct Failures {
+    count: u64,
+    first: Option<Error>,
+}
+
+impl Failures {
+    fn note(&mut self, swept: Result<(), Error>) {
+        if let Err(error) = swept {
+            self.count += 1;
+            self.first.get_or_insert(error);
+        }
+    }
+
+    /// One line for a round.
+    fn report(self) {
+        if let Some(error) = self.first {
+            let detail = error.detail();
+            tracing::warn!(objects = self.count, %error, detail, "some of the store could not be swept");
+        }
+    }
 }
 
 /// Names that are listed in one go: listing costs the same for few as for many.
@@ -47,32 +73,31 @@ impl Sessions {
     pub async fn sweep_always(&self, pace: SweepPace) {
         while !self.draining() {
             let mut tasks = VecDeque::new();
-            let mut swept = Swept::default();
-            match self.tenants(&mut tasks).await {
-                Ok(()) => {}
-                Err(error) => tracing::warn!(%error, "the store cannot be swept"),
-            }
+            let (mut swept, mut failures) = (Swept::default(), Failures::default());
+            failures.note(self.tenants(&mut tasks).await);
             while !tasks.is_empty() && !self.draining() {
                 for _ in 0..pace.batch {
                     let Some(task) = tasks.pop_front() else { break };
-                    self.sweep_one(task, &mut tasks, &mut swept).await;
+                    failures.note(self.sweep_one(task, &mut tasks, &mut swept).await);
                 }
                 tokio::time::sleep(pace.rest).await;
             }
             if swept != Swept::default() {
                 tracing::info!(?swept, "the store was swept");
             }
+            failures.report();
             tokio::time::sleep(pace.pause).await;
         }
     }
 
     /// Sweeps everything once.
     pub async fn sweep(&self) -> Result<Swept, Error> {
-        let (mut tasks, mut swept) = (VecDeque::new(), Swept::default());
+        let (mut tasks, mut swept, mut failures) = (VecDeque::new(), Swept::default(), Failures::default());
         self.tenants(&mut tasks).await?;
         while let Some(task) = tasks.pop_front() {
-            self.sweep_one(task, &mut tasks, &mut swept).await;
+            failures.note(self.sweep_one(task, &mut tasks, &mut swept).await);
         }
+        failures.report();
         Ok(swept)
     }
 
@@ -82,20 +107,14 @@ impl Sessions {
         Ok(())
     }
 
-    async fn sweep_one(&self, task: Task, tasks: &mut VecDeque<Task>, swept: &mut Swept) {
-        if let Err(error) = self.try_sweep_one(task, tasks, swept).await {
-            // The next round comes by again.
-            tracing::warn!(%error, "something could not be swept");
-        }
-    }
-
-    async fn try_sweep_one(&self, task: Task, tasks: &mut VecDeque<Task>, swept: &mut Swept) -> Result<(), Error> {
+    async fn sweep_one(&self, task: Task, tasks: &mut VecDeque<Task>, swept: &mut Swept) -> Result<(), Error> {
         let now = clock::unix_seconds();
         match task {
             Task::Tenant(tenant) => {
                 let folders =
                     ["states", "evicted", "deleted"].map(|folder| Task::Folder(format!("t/{tenant}/{folder}")));
-                let all = [Task::States(tenant.clone(), None), Task::Sessions(tenant, None)];
+                let all =
+                    [Task::States(tenant.clone(), None), Task::Sessions(tenant.clone(), None), Task::Streams(tenant)];
                 first(tasks, folders.into_iter().chain(all));
             }
             Task::States(tenant, after) => {
@@ -113,6 +132,18 @@ impl Sessions {
                 let of = tenant.clone();
                 let more = more.map(|last| Task::Sessions(tenant, Some(last)));
                 first(tasks, ids.map(|id| Task::Session(of.clone(), id)).chain(more));
+            }
+            Task::Streams(tenant) => {
+                let names = self.archive.names(&format!("t/{tenant}/streams"), None, usize::MAX).await?;
+                first(tasks, names.into_iter().map(|id| Task::Stream(tenant.clone(), id)));
+            }
+            Task::Stream(tenant, id) => {
+                self.sweep_folder(&format!("t/{tenant}/streams/{id}"), now, swept).await?;
+                if let Some(why) = self.sweep_stream(&tenant, &id).await? {
+                    tracing::warn!(%tenant, response = id, why, "a damaged journal is set aside");
+                    swept.set_aside += 1;
+                    metrics::swept("set_aside", 1);
+                }
             }
             Task::State(tenant, id) => self.sweep_state(&tenant, &id, now, swept).await?,
             Task::Session(tenant, id) => {

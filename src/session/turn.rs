@@ -262,6 +262,21 @@ pub enum Error {
     Loading,
     #[error("the server is shutting down")]
     Draining,
+    /// The weights that a response was begun with are not served here. It goes on when they are.
+    #[error(
+        "response `{id}` waits for the weights that it was begun with, those of model `{model}` then, which are not served \
+         here; it goes on when a server with them is started, or can be deleted"
+    )]
+    ResponseWaits { id: String, model: String },
+    /// The mark that tells of a turn by its `Idempotency-Key` is damaged.
+    #[error(
+        "what is stored of this `Idempotency-Key` is damaged, so whether its turn of session `{0}` was committed is not known: \
+         look at the session's turns, and send what is missing with a new key"
+    )]
+    KeyDamaged(SessionId),
+    /// What was to be stored is not, or not to be had, for a reason that clients may know. `detail` is for the log.
+    #[error("{message}")]
+    NotStored { message: String, detail: Option<String> },
     #[error("the state store failed: {0}")]
     Store(String),
     #[error("the model failed: {0}")]

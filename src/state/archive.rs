@@ -223,6 +223,7 @@ async fn off_runtime<T: Send + 'static>(
     key: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
-    let stopped = |e: tokio::task::JoinError| Error::Store { doing, key: key.into(), cause: e.to_string() };
+    let stopped =
+        |e: tokio::task::JoinError| Error::Store { doing, key: key.into(), cause: e.to_string(), fault: None };
     tokio::task::spawn_blocking(work).await.map_err(stopped)
 }

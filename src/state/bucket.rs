@@ -175,7 +175,7 @@ impl Store for Bucket {
                 }
             }
             let cause = "the bucket refuses to write it, and it is not there".into();
-            Err(Error::Store { doing: "write", key: key.into(), cause })
+            Err(Error::Store { doing: "write", key: key.into(), cause, fault: None })
         }
         .boxed()
     }
@@ -251,5 +251,5 @@ impl Store for Bucket {
 }
 
 fn failed<E: std::error::Error>(doing: &'static str, key: &str) -> impl FnOnce(E) -> Error {
-    move |e| Error::Store { doing, key: key.into(), cause: e.to_string() }
+    move |e| Error::Store { doing, key: key.into(), cause: e.to_string(), fault: None }
 }

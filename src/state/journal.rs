@@ -4,13 +4,13 @@
 //! entry n: of two processes that write the same journal one is told, and stops.
 
 use bytes::Bytes;
-use futures::stream::{self, StreamExt, TryStreamExt};
+use futures::stream::{self, StreamExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::archive::{AT_ONCE, damaged};
 use super::sealed::{open, seal};
-use super::{Archive, Error, Put};
+use super::{Archive, Damaged, Error, Put};
 use crate::types::Tenant;
 
 /// Entry numbers are written with this many digits, so that names sort as numbers do.
@@ -18,6 +18,17 @@ const DIGITS: usize = 12;
 
 /// Where the names of unfinished streams are: an object for each, of no other use than to be listed when a server starts.
 const RUNNING: &str = "running";
+
+/// A journal as far as it can be read.
+#[derive(Debug)]
+pub struct Salvaged<T> {
+    /// From the first on, those that follow one another.
+    pub entries: Vec<T>,
+    /// Why the next one is not among them, if it is there, or others are behind it.
+    pub damage: Option<Damaged>,
+    /// What can be read behind that one.
+    pub behind: Vec<T>,
+}
 
 /// The name of one journal.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,15 +58,80 @@ impl Archive {
     }
 
     /// All entries, in order; none when there is no such journal. An entry that is gone while this reads ends it.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if one cannot be read, or is missing before others.
     pub async fn entries<T: DeserializeOwned>(&self, journal: &Journal) -> Result<Vec<T>, Error> {
+        let Salvaged { entries, damage, .. } = self.salvage(journal).await?;
+        match damage {
+            Some(why) => Err(damaged(&journal.entry(entries.len() as u64), why)),
+            None => Ok(entries),
+        }
+    }
+
+    /// What can be read of a journal.
+    pub async fn salvage<T: DeserializeOwned>(&self, journal: &Journal) -> Result<Salvaged<T>, Error> {
         let names = self.store.children(&journal.0, None, usize::MAX).await?;
-        let read = names.into_iter().map(|name| async move {
-            let key = format!("{}/{name}", journal.0);
-            let Some(bytes) = self.store.get(&key).await? else { return Ok(None) };
-            open(&key, &bytes).map(Some).map_err(|why| damaged(&key, why))
-        });
-        let entries: Vec<Option<T>> = stream::iter(read).buffered(AT_ONCE).try_collect().await?;
-        Ok(entries.into_iter().map_while(|entry| entry).collect())
+        let numbers: Vec<u64> = names.iter().filter_map(|name| number(name)).collect();
+        let mut salvaged = Salvaged { entries: Vec::new(), damage: None, behind: Vec::new() };
+        let Some(&last) = numbers.last() else { return Ok(salvaged) };
+        // By number and not by name: while somebody writes, a listing may leave out one before the last.
+        let mut read = stream::iter(0..=last).map(|n| self.read_entry(journal, n)).buffered(AT_ONCE);
+        let mut missing = false;
+        while let Some(entry) = read.next().await {
+            match entry {
+                Ok(Some(entry)) => salvaged.entries.push(entry),
+                Ok(None) => missing = true,
+                Err(Error::Damaged { why, .. }) => salvaged.damage = Some(Damaged(why)),
+                Err(error) => return Err(error),
+            }
+            if missing || salvaged.damage.is_some() {
+                break;
+            }
+        }
+        drop(read);
+        if !missing && salvaged.damage.is_none() {
+            return Ok(salvaged);
+        }
+        for n in numbers.into_iter().filter(|n| *n > salvaged.entries.len() as u64) {
+            match self.read_entry(journal, n).await {
+                Ok(Some(entry)) => salvaged.behind.push(entry),
+                Ok(None) => continue,
+                Err(Error::Damaged { .. }) => {}
+                Err(error) => return Err(error),
+            }
+            if missing {
+                salvaged.damage = Some(Damaged(format!("entry {} is missing", salvaged.entries.len())));
+            }
+        }
+        Ok(salvaged)
+    }
+
+    /// One entry.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if it cannot be read.
+    pub async fn read_entry<T: DeserializeOwned>(&self, journal: &Journal, n: u64) -> Result<Option<T>, Error> {
+        let key = journal.entry(n);
+        let Some(bytes) = self.store.get(&key).await? else { return Ok(None) };
+        open(&key, &bytes).map(Some).map_err(|why| damaged(&key, why))
+    }
+
+    /// Ends the journal of a stream before entry `from`, which is damaged: it is set aside, and what is behind it is removed,
+    /// the last first.
+    pub async fn cut_stream(&self, tenant: &Tenant, response: &str, from: u64) -> Result<(), Error> {
+        let journal = Journal::stream(tenant, response);
+        for name in self.store.children(&journal.0, None, usize::MAX).await?.into_iter().rev() {
+            let Some(n) = number(&name).filter(|n| *n >= from) else { continue };
+            let key = journal.entry(n);
+            if n == from
+                && let Some(bytes) = self.store.get(&key).await?
+            {
+                self.store.put_if_absent(&format!("t/{tenant}/aside/{response}-{n}"), bytes).await?;
+            }
+            self.store.delete(&key).await?;
+        }
+        Ok(())
     }
 
     /// Removes a journal, its first entry last: what is left of an interrupted call is still known to be one.
@@ -105,6 +181,11 @@ impl Archive {
     }
 }
 
+/// The number of the entry of that name.
+fn number(name: &str) -> Option<u64> {
+    name.parse().ok().filter(|n| format!("{n:0DIGITS$}") == name)
+}
+
 fn answer_key(tenant: &Tenant, response: &str) -> String {
     format!("t/{tenant}/responses/{response}")
 }
@@ -114,7 +195,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::state::InMemory;
+    use crate::state::{InMemory, Store};
 
     #[tokio::test]
     async fn a_journal_is_written_once_and_read_in_order() {
@@ -128,6 +209,36 @@ mod tests {
         assert_eq!(entries, (0..12).map(|n| format!("entry {n}")).collect::<Vec<_>>());
         archive.erase(&journal).await.expect("it is removed");
         assert_eq!(archive.entries::<String>(&journal).await, Ok(Vec::new()));
+    }
+
+    #[tokio::test]
+    async fn what_is_before_a_damaged_entry_is_kept_and_the_rest_gives_way() {
+        let (tenant, id) = (Tenant::local(), "resp_1");
+        for (at, gone) in [(5, false), (2, false), (2, true), (0, true), (0, false)] {
+            let store = Arc::new(InMemory::default());
+            let (archive, journal) = (Archive::new(store.clone()), Journal::stream(&tenant, id));
+            for n in 0..6 {
+                archive.append(&journal, n, &n).await.expect("it is put");
+            }
+            let bytes = store.get(&journal.entry(at)).await.expect("a store").expect("it is there");
+            store.delete(&journal.entry(at)).await.expect("a store");
+            if !gone {
+                store.put_if_absent(&journal.entry(at), bytes.slice(..9)).await.expect("a store");
+            }
+            let Salvaged { entries, damage, behind } = archive.salvage::<u64>(&journal).await.expect("a store");
+            assert_eq!((entries, behind), ((0..at).collect(), (at + 1..6).collect()));
+            assert!(damage.is_some() && archive.entries::<u64>(&journal).await.is_err(), "{at} {gone}");
+            archive.cut_stream(&tenant, id, at).await.expect("a store");
+            assert_eq!(archive.entries::<u64>(&journal).await, Ok((0..at).collect()));
+            assert_eq!(archive.append(&journal, at, &at).await, Ok(Put::Created));
+            let aside = store.get(&format!("t/local/aside/{id}-{at}")).await.expect("a store");
+            assert_eq!(aside, (!gone).then(|| bytes.slice(..9)));
+        }
+        // One that is gone at the end was never there.
+        let store = Arc::new(InMemory::default());
+        let (archive, journal) = (Archive::new(store.clone()), Journal::stream(&tenant, id));
+        archive.append(&journal, 0, &0).await.expect("it is put");
+        assert!(archive.salvage::<u64>(&journal).await.expect("a store").damage.is_none());
     }
 
     #[tokio::test]

@@ -68,16 +68,34 @@ impl Archive {
         after: u64,
         limit: usize,
     ) -> Result<Option<Listed<Entry>>, Error> {
+        let numbered = self.numbered_turns(tenant, session, after, limit).await?;
+        Ok(numbered.map(|Listed { data, has_more }| Listed {
+            data: data.into_iter().filter_map(|(_, entry)| entry).collect(),
+            has_more,
+        }))
+    }
+
+    /// The same with each turn's number; `None` in the place of one that is damaged or lost.
+    pub async fn numbered_turns(
+        &self,
+        tenant: &Tenant,
+        session: &SessionId,
+        after: u64,
+        limit: usize,
+    ) -> Result<Option<Listed<(u64, Option<Entry>)>>, Error> {
         let Some(head) = self.head(tenant, session).await?.live else { return Ok(None) };
-        let to = after.saturating_add(limit as u64).saturating_add(1).min(head.depth);
-        let runs = self.runs(tenant, session, &head, after + 1).await?;
-        let places = (after + 1..=to).filter_map(|depth| place(&runs, depth));
-        let entries = stream::iter(places).map(|place| self.readable(tenant, place)).buffered(AT_ONCE);
-        let mut data: Vec<Entry> = entries.try_filter_map(async |entry| Ok(entry)).try_collect().await?;
-        // By number and not by count: a damaged one takes up its place.
-        let has_more = head.depth > after.saturating_add(limit as u64);
-        data.retain(|entry| entry.depth - after <= limit as u64);
-        Ok(Some(Listed { data, has_more }))
+        let to = after.saturating_add(limit as u64);
+        let from = after.saturating_add(1);
+        let runs = &self.runs(tenant, session, &head, from).await?;
+        let entries = stream::iter(from..=to.min(head.depth)).map(|depth| async move {
+            let entry = match place(runs, depth) {
+                Some(place) => self.readable(tenant, place).await?.filter(|entry| entry.depth == depth),
+                None => None,
+            };
+            Ok((depth, entry))
+        });
+        let data = entries.buffered(AT_ONCE).try_collect().await?;
+        Ok(Some(Listed { data, has_more: head.depth > to }))
     }
 
     /// One turn of a session whose head is `head`, or `None` if it has no such turn.

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::UNIX_EPOCH;
 
 use bytes::Bytes;
@@ -13,7 +13,7 @@ use object_store::path::Path as Location;
 use object_store::{GetOptions, GetResult, ObjectStore, ObjectStoreExt, PutMode};
 
 use super::store::{check, is_name};
-use super::{Error, Put, Start, Store};
+use super::{DiskFault, Error, Put, Start, Store};
 
 /// Objects as files, made durable by fsync.
 ///
@@ -25,6 +25,13 @@ use super::{Error, Put, Start, Store};
 /// one that ignores letter case, keys that differ only in it are one key.
 #[derive(Debug)]
 pub struct Local {
+    folder: PathBuf,
+    /// Set when the folder is there, which a disk that is full at the start may put off.
+    opened: OnceLock<Opened>,
+}
+
+#[derive(Debug)]
+struct Opened {
     files: LocalFileSystem,
     folders: Arc<Folders>,
 }
@@ -33,29 +40,68 @@ impl Local {
     /// Opens `folder`, making it (readable by its owner only) if it is not there, and writes a file to see that it
     /// can. Reads nothing: opening takes the same time whatever the folder holds.
     ///
+    /// A disk that is full or read-only, or a folder that must not be written, is reported in the log and is no error: what is
+    /// there can be read, and what cannot be written says so until that is mended.
+    ///
     /// # Errors
-    /// [`Error::Open`] if the folder cannot be made or written.
+    /// [`Error::Open`] if the folder cannot be made or written for another reason, such as a file in its place, or if it is
+    /// not there and may not be made.
     pub async fn open(folder: impl Into<PathBuf>) -> Result<Self, Error> {
-        let folder = folder.into();
-        let failed = |cause: String| Error::Open { folder: folder.display().to_string(), cause };
-        let wanted = folder.clone();
-        let opened = off_runtime(move || {
-            let root = make_root(&wanted)?;
-            let files = LocalFileSystem::new_with_prefix(&root).map_err(io::Error::other)?.with_fsync(true);
-            Ok(Self { files, folders: Arc::new(Folders { root, settled: Mutex::default() }) })
-        });
-        let store = opened.await.map_err(|e| failed(e.to_string()))?;
+        let store = Self { folder: folder.into(), opened: OnceLock::new() };
         let probe = async {
             store.put_if_absent("probe", Bytes::from_static(b"can this folder be written?\n")).await?;
             store.delete("probe").await
         };
+        let shown = store.folder.display().to_string();
         match probe.await {
-            Ok(_) => Ok(store),
-            Err(Error::Store { cause, .. }) => Err(failed(cause)),
-            Err(other) => Err(failed(other.to_string())),
+            Ok(_) => {}
+            // A folder that never was is no disk that has failed.
+            Err(Error::Store { cause, fault: Some(fault), .. }) if store.is_opened() || fault != DiskFault::Denied => {
+                tracing::warn!(
+                    folder = shown,
+                    cause,
+                    "NO STATES WILL BE KEPT until this is mended, which needs no restart: {fault}. Answers and reading what is \
+                     there still work"
+                );
+            }
+            Err(Error::Store { cause, .. }) => return Err(Error::Open { folder: shown, cause }),
+            Err(other) => return Err(Error::Open { folder: shown, cause: other.to_string() }),
         }
+        Ok(store)
     }
 
+    fn is_opened(&self) -> bool {
+        self.opened.get().is_some()
+    }
+
+    /// The folder, which is made if it is not there.
+    async fn opened(&self) -> io::Result<&Opened> {
+        if let Some(opened) = self.opened.get() {
+            return Ok(opened);
+        }
+        let wanted = self.folder.clone();
+        let made = off_runtime(move || {
+            let root = make_root(&wanted)?;
+            let files = LocalFileSystem::new_with_prefix(&root).map_err(io::Error::other)?.with_fsync(true);
+            Ok(Opened { files, folders: Arc::new(Folders { root, settled: Mutex::default() }) })
+        });
+        let made = made.await?;
+        Ok(self.opened.get_or_init(|| made))
+    }
+
+    /// The folder, if it is there.
+    async fn there(&self, key: &str) -> Result<Option<&Opened>, Error> {
+        if !self.is_opened()
+            && matches!(std::fs::symlink_metadata(&self.folder), Err(e) if e.kind() == ErrorKind::NotFound)
+        {
+            check(key)?;
+            return Ok(None);
+        }
+        self.opened().await.map(Some).map_err(failed("open the folder of", key))
+    }
+}
+
+impl Opened {
     /// Where a key lives, for `object_store` and for the file system. `.` and `..` become `%2E` and `%2E%2E`.
     fn locate(&self, key: &str) -> Result<(Location, PathBuf), Error> {
         check(key)?;
@@ -90,18 +136,20 @@ impl Local {
 impl Store for Local {
     fn put_if_absent<'a>(&'a self, key: &'a str, value: Bytes) -> BoxFuture<'a, Result<Put, Error>> {
         async move {
-            let (location, path) = self.locate(key)?;
+            check(key)?;
+            let at = self.opened().await.map_err(failed("make the folder of", key))?;
+            let (location, path) = at.locate(key)?;
             let folder = folder_of(&path);
-            if !self.folders.settled().contains(&folder) {
+            if !at.folders.settled().contains(&folder) {
                 let folder = folder.clone();
-                let settled = self.with_folders(move |folders| folders.settle(&folder, sync_folder));
+                let settled = at.with_folders(move |folders| folders.settle(&folder, sync_folder));
                 settled.await.map_err(failed("make the folder of", key))?;
             }
-            match self.files.put_opts(&location, value.into(), PutMode::Create.into()).await {
+            match at.files.put_opts(&location, value.into(), PutMode::Create.into()).await {
                 Ok(_) => Ok(Put::Created),
                 // Whoever made it may not have synced the folder yet; what we call existing must be durable.
                 Err(object_store::Error::AlreadyExists { .. }) => {
-                    self.sync(folder).await.map_err(failed("sync the folder of", key))?;
+                    at.sync(folder).await.map_err(failed("sync the folder of", key))?;
                     Ok(Put::Exists)
                 }
                 Err(e) => Err(failed("write", key)(e)),
@@ -112,7 +160,8 @@ impl Store for Local {
 
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Bytes>, Error>> {
         async move {
-            let Some(found) = self.find(key).await? else { return Ok(None) };
+            let Some(at) = self.there(key).await? else { return Ok(None) };
+            let Some(found) = at.find(key).await? else { return Ok(None) };
             Ok(Some(found.bytes().await.map_err(failed("read", key))?))
         }
         .boxed()
@@ -120,7 +169,8 @@ impl Store for Local {
 
     fn get_start<'a>(&'a self, key: &'a str, len: usize) -> BoxFuture<'a, Result<Option<Start>, Error>> {
         async move {
-            let Some(mut found) = self.find(key).await? else { return Ok(None) };
+            let Some(at) = self.there(key).await? else { return Ok(None) };
+            let Some(mut found) = at.find(key).await? else { return Ok(None) };
             let size = found.meta.size;
             // Asking for a range instead would be an error for an empty file.
             found.range = 0..size.min(len as u64);
@@ -131,11 +181,12 @@ impl Store for Local {
 
     fn delete<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<bool, Error>> {
         async move {
-            let (location, path) = self.locate(key)?;
-            match self.files.delete(&location).await {
+            let Some(at) = self.there(key).await? else { return Ok(false) };
+            let (location, path) = at.locate(key)?;
+            match at.files.delete(&location).await {
                 Ok(()) => {
                     // `object_store` syncs writes only.
-                    self.sync(folder_of(&path)).await.map_err(failed("sync the folder of", key))?;
+                    at.sync(folder_of(&path)).await.map_err(failed("sync the folder of", key))?;
                     Ok(true)
                 }
                 Err(object_store::Error::NotFound { .. }) => Ok(false),
@@ -153,9 +204,10 @@ impl Store for Local {
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<String>, Error>> {
         async move {
-            let (_, path) = self.locate(folder)?;
+            let Some(at) = self.there(folder).await? else { return Ok(Vec::new()) };
+            let (_, path) = at.locate(folder)?;
             let after = after.map(str::to_string);
-            let names = self.with_folders(move |_| names_in(&path, after.as_deref(), limit));
+            let names = at.with_folders(move |_| names_in(&path, after.as_deref(), limit));
             names.await.map_err(failed("list", folder))
         }
         .boxed()
@@ -163,8 +215,9 @@ impl Store for Local {
 
     fn tidy<'a>(&'a self, folder: &'a str, before: u64) -> BoxFuture<'a, Result<u64, Error>> {
         async move {
-            let (_, path) = self.locate(folder)?;
-            self.with_folders(move |_| remove_staging(&path, before)).await.map_err(failed("tidy", folder))
+            let Some(at) = self.there(folder).await? else { return Ok(0) };
+            let (_, path) = at.locate(folder)?;
+            at.with_folders(move |_| remove_staging(&path, before)).await.map_err(failed("tidy", folder))
         }
         .boxed()
     }
@@ -291,8 +344,8 @@ async fn off_runtime<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + S
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }
 
-fn failed<E: std::error::Error>(doing: &'static str, key: &str) -> impl FnOnce(E) -> Error {
-    move |e| Error::Store { doing, key: key.into(), cause: e.to_string() }
+fn failed<E: std::error::Error + 'static>(doing: &'static str, key: &str) -> impl FnOnce(E) -> Error {
+    move |e| Error::Store { doing, key: key.into(), cause: e.to_string(), fault: DiskFault::of(&e) }
 }
 
 #[cfg(test)]

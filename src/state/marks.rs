@@ -14,8 +14,10 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use super::archive::damaged;
+use super::sealed::{open, seal};
 use super::sessions::turn_key;
-use super::{Archive, Entry, Error, Info, Put};
+use super::{Archive, Damaged, Entry, Error, Info, Put};
 use crate::types::{SessionId, StateId, Tenant};
 
 /// Which record a state was made by.
@@ -155,6 +157,9 @@ impl Archive {
     }
 
     /// The turn that was committed with this `Idempotency-Key`, since the session began with record `first`.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if a mark of the key cannot be read: whether its turn was committed is not known.
     pub async fn keyed(
         &self,
         tenant: &Tenant,
@@ -165,7 +170,7 @@ impl Archive {
         for n in 0.. {
             let mark = key_mark(tenant, session, key, n);
             let Some(bytes) = self.store.get(&mark).await? else { break };
-            let Ok(Keyed { record }) = serde_json::from_slice(&bytes) else { continue };
+            let Keyed { record } = read_keyed(&mark, &bytes).map_err(|why| damaged(&mark, why))?;
             if record < first {
                 continue;
             }
@@ -180,9 +185,10 @@ impl Archive {
     /// Notes, before it is committed, which record the turn of an `Idempotency-Key` is to be. A mark of a turn that came
     /// to nothing stays, and the next one takes the place behind it.
     pub async fn note_key(&self, tenant: &Tenant, session: &SessionId, key: &str, record: u64) -> Result<(), Error> {
-        let value = Keyed { record };
         for n in 0.. {
-            if self.mark(&key_mark(tenant, session, key, n), &value).await? == Put::Created {
+            let mark = key_mark(tenant, session, key, n);
+            let sealed = seal(&mark, &Keyed { record });
+            if self.store.put_if_absent(&mark, sealed.into()).await? == Put::Created {
                 return Ok(());
             }
         }
@@ -194,9 +200,11 @@ impl Archive {
         let folder = format!("t/{tenant}/keys/{session}");
         for name in self.store.children(&folder, None, usize::MAX).await? {
             let key = format!("{folder}/{name}");
-            if self.read_mark::<Keyed>(&key).await?.is_none_or(|keyed| keyed.record < below) {
-                self.store.delete(&key).await?;
+            let Some(bytes) = self.store.get(&key).await? else { continue };
+            if read_keyed(&key, &bytes).is_ok_and(|keyed| keyed.record >= below) {
+                continue;
             }
+            self.store.delete(&key).await?;
         }
         Ok(())
     }
@@ -212,6 +220,14 @@ impl Archive {
         Ok(serde_json::from_slice(&bytes)
             .inspect_err(|error| tracing::warn!(key, %error, "a mark cannot be read"))
             .ok())
+    }
+}
+
+/// The mark of a key. It is sealed, as another number in it would be another turn; versions before this one did not.
+fn read_keyed(key: &str, bytes: &[u8]) -> Result<Keyed, Damaged> {
+    match serde_json::from_slice(bytes) {
+        Ok(keyed) => Ok(keyed),
+        Err(_) => open(key, bytes),
     }
 }
 

@@ -6,6 +6,7 @@
 //! t/{tenant}/forks|evicted|deleted|keys/…    what neither can say of itself                 (marks)
 //! t/{tenant}/gaps/{session id}               nothing: the session's records have gaps       (hints)
 //! t/{tenant}/aside/{state id}                a damaged snapshot that is out of the way      (remnant)
+//! t/{tenant}/aside/{response id}-{n}         a damaged entry of its journal that is, too    (journal)
 //! t/{tenant}/streams/{response id}/{n}       what was sent of a response while it runs      (journal)
 //! t/{tenant}/responses/{response id}         a response that is kept, once it has ended     (journal)
 //! t/{tenant}/conversations/{id}/{n}          what was done to a conversation beside turns   (journal)
@@ -19,6 +20,7 @@
 mod archive;
 mod bucket;
 mod codec;
+mod fault;
 mod fit;
 mod gallop;
 mod header;
@@ -42,9 +44,10 @@ mod tiered;
 pub use archive::{Archive, Listed, Stored, Wanted, is_state};
 pub use bucket::{Bucket, BucketUrl};
 pub use codec::{decode, encode, encode_as, inspect};
+pub use fault::DiskFault;
 pub use fit::{fits, most_bytes};
 pub use header::{Damaged, FORMATS, Info, decode_head, head_len};
-pub use journal::Journal;
+pub use journal::{Journal, Salvaged};
 pub use lineage::{At, Turn};
 pub use local::Local;
 pub use marks::Origin;
@@ -63,10 +66,11 @@ pub enum Error {
     /// What is stored under `key` is not what was written there.
     #[error("{key} is damaged: {why}")]
     Damaged { key: String, why: String },
-    /// The store could not do its work. `cause` is the whole story, such as `No space left on device`.
+    /// The store could not do its work. `cause` is the whole story, such as `No space left on device`; `fault` is what of it
+    /// is the disk's.
     #[error("could not {doing} {key}: {cause}")]
-    Store { doing: &'static str, key: String, cause: String },
-    /// The folder cannot hold states.
+    Store { doing: &'static str, key: String, cause: String, fault: Option<DiskFault> },
+    /// The folder or bucket cannot hold states.
     #[error("cannot keep states in {folder}: {cause}")]
     Open { folder: String, cause: String },
     /// A value that must not be stored, such as a state that is not finite.

@@ -1,6 +1,7 @@
 //! The only clock, and the only source of randomness that is not a seed's.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Milliseconds since 1970; 0 on a machine whose clock is set before that.
 pub fn unix_millis() -> u64 {
@@ -28,9 +29,39 @@ pub fn random_u64() -> u64 {
     rand::random()
 }
 
+/// How long a complaint is not made again.
+const QUIET: Duration = Duration::from_secs(600);
+
+/// A complaint that there would be very often cause for, as while a disk is full.
+#[derive(Debug, Default)]
+pub struct Rarely(Mutex<Option<Instant>>);
+
+impl Rarely {
+    /// Whether it is made now: the first time, and then every ten minutes.
+    pub fn now(&self) -> bool {
+        self.at(now())
+    }
+
+    fn at(&self, now: Instant) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|last| now.saturating_duration_since(last) >= QUIET);
+        if due {
+            *last = Some(now);
+        }
+        due
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_complaint_is_made_at_first_and_then_rarely() {
+        let (rarely, begun) = (Rarely::default(), now());
+        let made = (0..1500).filter(|s| rarely.at(begun + Duration::from_secs(*s))).collect::<Vec<u64>>();
+        assert_eq!(made, [0, 600, 1200]);
+    }
 
     #[test]
     fn seconds_and_millis_are_the_same_clock() {

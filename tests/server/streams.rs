@@ -448,11 +448,12 @@ async fn a_full_disk_takes_no_text_away() {
     let server = Server::over(store.clone());
     let client = server.client();
     let body = json!({"prompt": "Once", "seed": 4, "max_tokens": 400, "logit_bias": {"0": -100}, "detach": true});
-    // What could not be promised is refused before it begins.
-    let refused = client.post(COMPLETIONS, body.clone()).await;
-    assert_eq!((refused.status, refused.code().as_str()), (500, "store_failed"));
+    // What cannot be promised is not, and is answered all the same.
+    let attached = client.ok(COMPLETIONS, body.clone()).await;
+    assert_eq!(attached.json()["state_error"]["code"], "state_store_failed");
     store.fail(false);
     let uncut = client.ok(COMPLETIONS, body.clone()).await.answer();
+    assert_eq!(attached.answer(), uncut);
     let mut stream = client.stream(COMPLETIONS, body).await;
     let mut all = vec![stream.next().await.expect("a chunk")];
     store.fail(true);

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
-use rewake::state::{Error, Put, Start, Store};
+use rewake::state::{DiskFault, Error, Put, Start, Store};
 
 /// Writes down what is asked of a store, in order.
 pub struct Recording<S> {
@@ -154,8 +154,9 @@ impl<S> Failing<S> {
             _ => self.broken.load(Ordering::SeqCst) && key.contains(&*self.only.lock().unwrap()),
         };
         let errno = if self.unreadable.load(Ordering::SeqCst) { EACCES } else { ENOSPC };
-        let cause = std::io::Error::from_raw_os_error(errno).to_string();
-        if broken { Err(Error::Store { doing, key: key.into(), cause }) } else { Ok(()) }
+        let cause = std::io::Error::from_raw_os_error(errno);
+        let fault = DiskFault::of(&cause);
+        if broken { Err(Error::Store { doing, key: key.into(), cause: cause.to_string(), fault }) } else { Ok(()) }
     }
 }
 
@@ -217,7 +218,7 @@ impl<S: Store> Store for Torn<S> {
     fn put_if_absent<'a>(&'a self, key: &'a str, value: Bytes) -> BoxFuture<'a, Result<Put, Error>> {
         async move {
             self.inner.put_if_absent(key, value.slice(..value.len() / 2)).await?;
-            Err(Error::Store { doing: "write", key: key.into(), cause: "the power went out".into() })
+            Err(Error::Store { doing: "write", key: key.into(), cause: "the power went out".into(), fault: None })
         }
         .boxed()
     }

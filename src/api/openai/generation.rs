@@ -79,7 +79,8 @@ pub struct Generation {
     /// be stored it has no effect.
     pub metadata: Option<BTreeMap<String, String>>,
     /// Go on generating when the reader is gone, and after a restart of the server; `GET /v1/streams/{response_id}` goes on
-    /// reading. Otherwise a stream waits for a lost reader for the server's resume window, and a whole reply does not.
+    /// reading. Otherwise a stream waits for a lost reader for the server's resume window, and a whole reply does not. Where what
+    /// this needs cannot be written, the answer is as without it, and its end has a `state_error`.
     pub detach: Option<bool>,
 }
 

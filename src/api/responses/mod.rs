@@ -28,7 +28,7 @@ use super::openai::{Head, Ignored};
 use super::record::Record;
 use super::refusals::{Conflicts, Refusals, Unavailable};
 use super::sse::{self, Script};
-use super::{App, Caller, Error, streams};
+use super::{App, Caller, Error, ErrorBody, streams};
 use crate::session::{self, Listing, SoFar, StoredItem};
 use crate::types::Tenant;
 
@@ -131,6 +131,8 @@ pub struct ResponseQuery {
             (ResponseObject = "application/json"),
             (String = "text/event-stream"),
         )),
+        (status = 409, description = "`state_model_mismatch`: it goes on when a server with the weights it was begun with is \
+                                      started; see `retry-after`", body = ErrorBody),
         Refusals,
         Unavailable,
     ),
@@ -167,7 +169,8 @@ async fn shown(app: &App, tenant: &Tenant, id: &str) -> Result<ResponseObject, E
     Ok(teller.object())
 }
 
-/// Delete a response with its state. Responses that were made from it stay.
+/// Delete a response with its state. Responses that were made from it stay. So is the stream of a chat or completion deleted
+/// that cannot go on: `response_damaged` or `state_model_mismatch`.
 #[utoipa::path(
     delete,
     path = "/v1/responses/{response_id}",
@@ -181,8 +184,8 @@ pub async fn delete_response(
     Name(id): Name,
 ) -> Result<Json<Deleted>, Error> {
     match shown(&app, &caller.tenant, &id).await {
-        // What cannot be shown any more can still be deleted.
-        Ok(_) | Err(Error::Session(session::Error::ResponseDamaged(..))) => {}
+        // What cannot be shown any more, or not here, can still be deleted.
+        Ok(_) | Err(Error::Session(session::Error::ResponseDamaged(..) | session::Error::ResponseWaits { .. })) => {}
         Err(error) => return Err(error),
     }
     app.sessions.delete_response(&caller.tenant, &id).await?;

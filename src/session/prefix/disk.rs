@@ -44,6 +44,7 @@ pub(super) struct Disk {
     filing: mpsc::UnboundedSender<Task>,
     /// What that has still to do: bytes to be written, or anything else.
     due: watch::Sender<Due>,
+    complaints: clock::Rarely,
 }
 
 /// One after the other, so that what is forgotten is not written by what was to be written before.
@@ -65,7 +66,13 @@ impl Disk {
     pub fn open(store: Arc<dyn Store>, room: u64) -> Arc<Self> {
         let (filing, mut arrivals) = mpsc::unbounded_channel();
         let due = watch::Sender::new(Due { survey: true, ..Due::default() });
-        let disk = Arc::new(Self { store, ledger: Mutex::new(Ledger::new(room)), filing, due });
+        let disk = Arc::new(Self {
+            store,
+            ledger: Mutex::new(Ledger::new(room)),
+            filing,
+            due,
+            complaints: clock::Rarely::default(),
+        });
         let weak = Arc::downgrade(&disk);
         tokio::spawn(async move {
             if let Some(disk) = weak.upgrade() {
@@ -147,7 +154,7 @@ impl Disk {
     pub async fn write_now(&self, gone: Gone) {
         if let Err(error) = self.write(gone).await {
             metrics::prefix_disk_lost();
-            tracing::warn!(%error, "a state of a text could not be put on disk");
+            self.complain(&error, "states of texts cannot be put on disk");
         }
     }
 
@@ -173,7 +180,7 @@ impl Disk {
         let file = match self.store.get(&key).await {
             Ok(file) => file,
             Err(error) => {
-                tracing::warn!(%error, "a state of a text could not be read");
+                self.complain(&error, "states of texts cannot be read from disk");
                 return None;
             }
         };
@@ -280,7 +287,16 @@ impl Disk {
 
     async fn delete(&self, key: &str) {
         if let Err(error) = self.store.delete(key).await {
-            tracing::warn!(%error, "a state of a text could not be removed");
+            self.complain(&error, "states of texts cannot be removed from disk");
+        }
+    }
+
+    /// While a disk is full or read-only it is so for every state.
+    fn complain(&self, error: &Error, what: &str) {
+        if self.complaints.now() {
+            tracing::warn!(%error, "{what}; for some minutes this is not said again");
+        } else {
+            tracing::debug!(%error, "{what}");
         }
     }
 

@@ -31,6 +31,9 @@ use crate::types::{SessionId, Tenant};
 /// Bytes of finished streams that wait in memory for a reader who has missed the end.
 const FINISHED: usize = 64 << 20;
 
+/// What is said of a response that is better read where it runs.
+const ELSEWHERE: &str = "another server goes on with this response; ask again";
+
 /// How long streams wait for readers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -234,7 +237,7 @@ impl Hub {
     pub fn drain(&self) {
         self.rules.draining.store(true, Ordering::Release);
         let unheard: Vec<_> = self.streams().values().filter(|s| !s.ended() && !s.is_heard()).cloned().collect();
-        unheard.iter().filter(|s| s.delivery.stream || s.delivery.detach).for_each(|s| s.stop(Why::Interrupted));
+        unheard.iter().filter(|s| s.delivery.stream || s.is_detached()).for_each(|s| s.stop(Why::Interrupted));
     }
 
     fn streams(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Stream>>> {
@@ -253,10 +256,10 @@ pub(super) struct NewStream<'a> {
 
 impl Sessions {
     /// Listens to a response, from its first event: a running one, or one that has ended and is still kept. A parked one
-    /// goes on; one that another process has begun is taken up, also from one that is at it.
+    /// goes on; one that another process has begun is taken up, also from one that is at it, unless its journal is damaged.
     pub async fn listen(&self, tenant: &Tenant, id: &str) -> Result<Running, Error> {
         Ok(match self.locate(tenant, id, true).await? {
-            Found::Elsewhere(..) => return Err(Error::ResponseNotFound(id.into())),
+            Found::Elsewhere(..) => return Err(Error::Engine(ELSEWHERE.into())),
             Found::Stream(stream) => Running::new(stream.facts.clone(), Source::Stream(stream.listen())),
             Found::Answer(answer) => {
                 let events = answer.events.into_iter().map(record::Told::event).collect();
@@ -274,7 +277,7 @@ impl Sessions {
             }
             Found::Stream(stream) => {
                 let (events, ended) = stream.so_far();
-                SoFar { facts: stream.facts.clone(), events, ended, detached: stream.delivery.detach }
+                SoFar { facts: stream.facts.clone(), events, ended, detached: stream.is_detached() }
             }
             Found::Answer(answer) => {
                 let events = answer.events.into_iter().map(record::Told::event).collect();
@@ -296,8 +299,8 @@ impl Sessions {
     pub async fn delete_response(&self, tenant: &Tenant, id: &str) -> Result<(), Error> {
         let events = match self.cancel(tenant, id).await {
             Ok(()) => self.so_far(tenant, id).await?.events,
-            // Which state it left is not known any more.
-            Err(Error::ResponseDamaged(..)) => {
+            // Which state it left is not known any more, or it has left none.
+            Err(Error::ResponseDamaged(..) | Error::ResponseWaits { .. }) => {
                 self.archive.erase(&Journal::stream(tenant, id)).await?;
                 self.archive.unmark_running(tenant, id).await?;
                 Vec::new()

@@ -1,5 +1,6 @@
 //! Going on with what another process has begun.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::record::{Answer, Begun, Entry, Told};
@@ -9,7 +10,7 @@ use crate::session::origin::Origin;
 use crate::session::plan::Placed;
 use crate::session::run;
 use crate::session::{Error, Event, Model, Sessions, Start, Turn};
-use crate::state::{self, Archive, Journal, Put};
+use crate::state::{self, Archive, Damaged, Journal, Put, Salvaged};
 use crate::telemetry::clock;
 use crate::types::{StateId, Tenant};
 
@@ -44,6 +45,12 @@ impl Resumed {
     /// Choices that are complete.
     pub fn done(&self) -> usize {
         self.told.iter().filter(|told| matches!(told, Told::Done { .. })).count()
+    }
+
+    /// Whether its last event was sent.
+    pub fn is_over(&self) -> bool {
+        let failed = self.told.iter().any(|told| matches!(told, Told::Failed { .. } | Told::Cancelled));
+        failed || self.done() >= self.facts.choices
     }
 
     /// The text of a choice that was sent.
@@ -85,16 +92,18 @@ impl Sessions {
     /// Takes up every response that another process has left behind unfinished. A server that shares its store does so again
     /// and again, with those that nobody has been at for a while.
     pub async fn recover(&self) {
+        let mut told = BTreeSet::new();
         if !self.hub.rules.shared {
-            return self.recover_once().await;
+            return self.recover_once(&mut told).await;
         }
         loop {
             tokio::time::sleep(ORPHANED).await;
-            self.recover_once().await;
+            self.recover_once(&mut told).await;
         }
     }
 
-    async fn recover_once(&self) {
+    /// Of a response that cannot go on, the log says so once: those are in `told`.
+    async fn recover_once(&self, told: &mut BTreeSet<String>) {
         let marked = match self.archive.running().await {
             Ok(marked) => marked,
             Err(error) => return tracing::error!(%error, "unfinished responses could not be listed"),
@@ -109,7 +118,10 @@ impl Sessions {
             match revived {
                 Ok(Some(Found::Stream(_))) => tracing::info!(response = id, "a response goes on after a restart"),
                 Ok(_) => {}
-                Err(error) => tracing::error!(%error, response = id, "a response could not go on after a restart"),
+                Err(error) if told.insert(id.clone()) => {
+                    tracing::error!(%error, response = id, "a response could not go on after a restart");
+                }
+                Err(_) => {}
             }
         }
     }
@@ -127,35 +139,93 @@ impl Sessions {
             let over = answer.is_over(self.hub.rules.limits.resume_window_s);
             return Ok((!over).then(|| Found::Answer(Box::new(answer))));
         }
-        let entries = self.archive.entries::<Entry>(&journal).await;
-        let entries = entries.map_err(|error| Error::from(error).of_response(id))?;
+        let Salvaged { entries, damage, behind } = self.archive.salvage::<Entry>(&journal).await?;
         let next = entries.len() as u64;
-        let age = clock::unix_seconds().saturating_sub(entries.last().map_or(0, Entry::at));
-        let elsewhere = self.hub.rules.shared && !take && age < ORPHANED.as_secs();
+        let last = entries.iter().chain(&behind).map(Entry::at).max().unwrap_or(0);
+        let age = clock::unix_seconds().saturating_sub(last);
+        // Who still writes does not see that a damaged journal was taken from it: its next entry is behind the damage.
+        let written = self.hub.rules.shared && age < ORPHANED.as_secs();
+        let elsewhere = written && (!take || damage.is_some());
         let mut entries = entries.into_iter();
-        let Some(Entry::Begun(begun)) = entries.next() else {
-            // The process was lost before it had begun, or after the answer was removed; another one may be about to begin.
-            if !self.hub.rules.shared {
-                self.archive.unmark_running(tenant, id).await?;
+        let begun = match (entries.next(), &damage) {
+            (Some(Entry::Begun(begun)), _) => *begun,
+            (_, Some(Damaged(why))) => return Err(Error::ResponseDamaged(id.into(), why.clone())),
+            (Some(_), None) => {
+                return Err(Error::ResponseDamaged(id.into(), "it does not begin with a request".into()));
             }
-            return Ok(None);
+            (None, None) => {
+                // The process was lost before it had begun, or after the answer was removed; another one may be about to begin.
+                if !self.hub.rules.shared {
+                    self.archive.unmark_running(tenant, id).await?;
+                }
+                return Ok(None);
+            }
         };
-        let Begun { facts, turn, parent } = *begun;
+        let Begun { facts, turn, parent } = begun;
         facts.check(id)?;
         let told: Vec<Told> = entries.flat_map(Entry::events).collect();
         if elsewhere {
             return Ok(Some(Found::Elsewhere(facts, told)));
         }
-        if self.archive.append(&journal, next, &Entry::told(Vec::new())).await? == Put::Exists {
+        let resumed = Resumed { facts, parent, told, journal, next: next + 1 };
+        self.check_weights(&turn, &resumed).await?;
+        if let Some(Damaged(why)) = damage {
+            // What was told behind it is told again, to the same bits: it is computed from the same request and seed.
+            tracing::warn!(
+                response = id,
+                entry = next,
+                why,
+                "a journal is damaged; what it said from there on is computed again"
+            );
+            self.archive.cut_stream(tenant, id, next).await?;
+        }
+        if self.archive.append(&resumed.journal, next, &Entry::told(Vec::new())).await? == Put::Exists {
             return Ok(None);
         }
-        let resumed = Resumed { facts, parent, told, journal, next: next + 1 };
         self.go_on(turn, resumed).await.map(Some)
     }
 
+    /// Refuses a response that is not complete and whose weights are not served here, and leaves it to a server that has them.
+    async fn check_weights(&self, turn: &Turn, resumed: &Resumed) -> Result<(), Error> {
+        let Facts { response_id: id, fingerprint, model, .. } = &resumed.facts;
+        if resumed.is_over()
+            || self.with_weights(fingerprint, model)?.is_some()
+            || self.committed(turn, resumed).await?.is_some()
+        {
+            return Ok(());
+        }
+        Err(Error::ResponseWaits { id: id.clone(), model: model.clone() })
+    }
+
+    /// Removes the journal of a response that nobody can go on with, as what it began with is damaged, and says why. One that
+    /// another server may be writing is left alone.
+    pub(in crate::session) async fn sweep_stream(&self, tenant: &Tenant, id: &str) -> Result<Option<String>, Error> {
+        let _one = self.hub.reviving.lock().await;
+        if self.hub.find(tenant, id).is_some() {
+            return Ok(None);
+        }
+        let journal = Journal::stream(tenant, id);
+        // As good as always it is whole; the rest need not be read.
+        match self.archive.read_entry::<Entry>(&journal, 0).await {
+            Ok(None) | Err(state::Error::Damaged { .. }) => {}
+            other => return other.map(|_| None).map_err(Error::from),
+        }
+        let Salvaged { entries, damage, behind } = self.archive.salvage::<Entry>(&journal).await?;
+        let Some(Damaged(why)) = damage.filter(|_| entries.is_empty()) else { return Ok(None) };
+        let last = behind.iter().map(Entry::at).max().unwrap_or(0);
+        if self.hub.rules.shared && clock::unix_seconds().saturating_sub(last) < ORPHANED.as_secs() {
+            return Ok(None);
+        }
+        self.archive.cut_stream(tenant, id, 0).await?;
+        self.archive.unmark_running(tenant, id).await?;
+        Ok(Some(why))
+    }
+
     async fn go_on(&self, mut turn: Turn, resumed: Resumed) -> Result<Found, Error> {
-        // The default may be another one by now.
-        turn.model = Some(resumed.facts.model.clone());
+        // The name may be another model's by now.
+        let Facts { fingerprint, model, .. } = &resumed.facts;
+        let served = self.with_weights(fingerprint, model).ok().flatten();
+        turn.model = Some(served.map_or(model, |served| &served.card.id).clone());
         let (tenant, id) = (turn.tenant.clone(), resumed.facts.response_id.clone());
         let (keep, journal) = (turn.delivery.keep, resumed.journal.clone());
         let mut answer = Answer {
@@ -164,8 +234,7 @@ impl Sessions {
             events: resumed.told.clone(),
             kept: keep,
         };
-        let failed = resumed.told.iter().any(|told| matches!(told, Told::Failed { .. } | Told::Cancelled));
-        if !failed && resumed.done() < resumed.facts.choices {
+        if !resumed.is_over() {
             match self.committed(&turn, &resumed).await? {
                 Some(rest) => answer.events.extend(rest),
                 None => match self.begin(turn, Some(resumed)).await {
@@ -174,9 +243,13 @@ impl Sessions {
                         return stream.map(Found::Stream).ok_or(Error::ResponseNotFound(id));
                     }
                     // They come again when there is room, or a server that does not stop.
-                    Err(error @ (Error::Full { .. } | Error::Draining | Error::Loading | Error::Store(_))) => {
-                        return Err(error);
-                    }
+                    Err(
+                        error @ (Error::Full { .. }
+                        | Error::Draining
+                        | Error::Loading
+                        | Error::Store(_)
+                        | Error::NotStored { .. }),
+                    ) => return Err(error),
                     Err(error) => {
                         tracing::error!(%error, response = id, "a response cannot go on");
                         answer.events.push(Told::new(&Event::Failed(error), &[]));

@@ -1,5 +1,6 @@
 //! One response on its way to whoever listens.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::sync::watch;
@@ -20,6 +21,8 @@ pub(in crate::session) struct Stream {
     pub tenant: Tenant,
     pub session: Option<SessionId>,
     pub delivery: Delivery,
+    /// It goes on when nobody listens.
+    detached: AtomicBool,
     /// Parks the jobs behind it.
     pub pause: Pause,
     /// Ends it.
@@ -76,6 +79,7 @@ impl Stream {
             facts,
             tenant,
             session,
+            detached: delivery.detach.into(),
             delivery,
             pause: Pause::default(),
             cancel: CancellationToken::new(),
@@ -123,6 +127,15 @@ impl Stream {
         self.state().ended
     }
 
+    pub fn is_detached(&self) -> bool {
+        self.detached.load(Ordering::Acquire)
+    }
+
+    /// It is to be one that ends with its readers, while there is one.
+    pub fn attach(&self) {
+        self.detached.store(false, Ordering::Release);
+    }
+
     /// Waits until it has ended.
     pub async fn wait(&self) {
         let mut told = self.told.subscribe();
@@ -139,7 +152,7 @@ impl Stream {
     /// Whether nobody listens and it waits for somebody to come back.
     pub fn is_abandoned(&self) -> bool {
         let state = self.state();
-        state.readers == 0 && !state.ended && !self.delivery.detach
+        state.readers == 0 && !state.ended && !self.is_detached()
     }
 
     /// Whether it rests until somebody reads.
@@ -177,7 +190,7 @@ impl Stream {
     fn park_or_not(&self, state: &mut State) -> bool {
         let behind = state.log.len() - state.furthest.min(state.log.len());
         state.lagging = if state.lagging { behind > LAG / 2 } else { behind > LAG };
-        let park = !self.delivery.detach && !state.ended && (state.readers == 0 || state.lagging);
+        let park = !self.is_detached() && !state.ended && (state.readers == 0 || state.lagging);
         let changed = self.pause.set(park);
         if changed {
             self.model.engine.look();
@@ -189,7 +202,7 @@ impl Stream {
     fn leave(self: &Arc<Self>) {
         let mut state = self.state();
         state.readers -= 1;
-        if state.readers > 0 || state.ended || self.delivery.detach {
+        if state.readers > 0 || state.ended || self.is_detached() {
             return;
         }
         state.left += 1;

@@ -6,9 +6,10 @@ use std::time::Duration;
 use futures::{Stream as Outputs, StreamExt};
 
 use super::record::{Answer, Begun, Entry, Told};
-use super::{Hub, Resumed, Stream};
-use crate::session::{Error, Event, Turn};
-use crate::state::{Archive, Journal, Put};
+use super::{ELSEWHERE, Hub, Resumed, Stream};
+use crate::session::keep::failed;
+use crate::session::{Error, Event, StateError, Turn};
+use crate::state::{self, Archive, Journal, Put};
 use crate::telemetry::clock;
 use crate::types::StateId;
 
@@ -29,6 +30,8 @@ pub(in crate::session) struct Writer {
     journal: Option<Open>,
     /// A journal that could not be written, and not be removed either.
     stuck: Option<Journal>,
+    /// Why the journal that was asked for is not there.
+    unkept: Option<StateError>,
     /// Events that nobody has heard of, with the tokens behind them.
     held: Vec<(Event, Vec<u32>)>,
     /// Choices that are not complete.
@@ -46,18 +49,36 @@ struct Open {
 impl Writer {
     pub fn new(stream: Arc<Stream>, hub: Arc<Hub>, archive: Archive) -> Self {
         let open = stream.facts.choices;
-        Self { stream, hub, archive, journal: None, stuck: None, held: Vec::new(), open, over: false }
+        Self { stream, hub, archive, journal: None, stuck: None, unkept: None, held: Vec::new(), open, over: false }
     }
 
     /// Opens a journal: from when this returns, the response is not lost with this process.
-    pub async fn begin(&mut self, turn: &Turn, parent: Option<StateId>) -> Result<(), Error> {
+    pub async fn begin(&mut self, turn: &Turn, parent: Option<StateId>) -> Result<(), state::Error> {
         let (tenant, facts) = (&turn.tenant, self.stream.facts.clone());
-        let journal = Journal::stream(tenant, &facts.response_id);
-        self.archive.mark_running(tenant, &facts.response_id).await?;
+        let id = facts.response_id.clone();
+        let journal = Journal::stream(tenant, &id);
         let first = Entry::Begun(Box::new(Begun { facts, turn: turn.clone(), parent }));
-        self.archive.append(&journal, 0, &first).await?;
-        self.journal = Some(Open { journal, next: 1 });
+        let begun = async {
+            self.archive.mark_running(tenant, &id).await?;
+            self.archive.append(&journal, 0, &first).await
+        };
+        match begun.await {
+            Ok(_) => self.journal = Some(Open { journal, next: 1 }),
+            Err(error) => {
+                // A later process must not begin it again.
+                self.stuck = Some(journal);
+                self.remove_stuck().await;
+                return Err(error);
+            }
+        }
         Ok(())
+    }
+
+    /// Lets the response go on as one that is not detached, because there is no journal; its end says so.
+    pub fn attach(&mut self, error: &state::Error) {
+        self.stream.attach();
+        let why = "the response is not detached, as its journal could not be written";
+        self.unkept = Some(failed(StateError::STORE, why, Some(error)));
     }
 
     /// Goes on with a journal that is there.
@@ -74,6 +95,17 @@ impl Writer {
             Event::Failed(_) => self.open = 0,
         }
         self.held.push((event, ids));
+        self.excuse();
+    }
+
+    /// Lets the ends that are held say that the journal is not there, if they say nothing else of what is kept.
+    fn excuse(&mut self) {
+        let Some(why) = &self.unkept else { return };
+        for (event, _) in &mut self.held {
+            if let Event::Done { stored: stored @ None, .. } = event {
+                *stored = Some(Err(why.clone()));
+            }
+        }
     }
 
     /// Whether the last event was sent.
@@ -144,8 +176,7 @@ impl Writer {
         self.journal = None;
         self.held.clear();
         self.open = 0;
-        let why = "another server goes on with this response; ask again";
-        self.last(Event::Failed(Error::Engine(why.into())), false);
+        self.last(Event::Failed(Error::Engine(ELSEWHERE.into())), false);
     }
 
     /// Makes what is held durable, if it must be, and lets everybody hear of it.
@@ -204,7 +235,11 @@ impl Writer {
             let (tenant, id) = (&self.stream.tenant, &self.stream.facts.response_id);
             match self.archive.put_answer(tenant, id, &answer).await {
                 Ok(_) => stored = true,
-                Err(error) => tracing::error!(%error, response = id, "a response was not stored"),
+                // A later process finds the journal, and stores it.
+                Err(error) if self.journal.is_some() => {
+                    tracing::error!(%error, response = id, "a response is not stored yet");
+                }
+                Err(error) => self.not_stored(&error),
             }
         }
         self.remove_stuck().await;
@@ -219,6 +254,20 @@ impl Writer {
         }
     }
 
+    /// The response will not be found by its id, which its end says.
+    fn not_stored(&mut self, error: &state::Error) {
+        let id = &self.stream.facts.response_id;
+        let Some((Event::Done { stored, .. }, _)) = self.held.last_mut() else {
+            return tracing::error!(%error, response = id, "a response was not stored");
+        };
+        let why = match stored {
+            Some(Err(_)) => return,
+            Some(Ok(receipt)) => format!("the response could not be stored under its id; its state is {}", receipt.id),
+            None => "the response could not be stored under its id".into(),
+        };
+        *stored = Some(Err(failed(StateError::STORE, &why, Some(error))));
+    }
+
     fn last(&mut self, event: Event, stored: bool) {
         self.over = true;
         self.stream.push(event);
@@ -227,10 +276,13 @@ impl Writer {
     }
 
     /// The journal cannot be written. The text is still sent, and a later process must not take the journal up.
-    async fn go_on_without(&mut self, error: &crate::state::Error) {
+    async fn go_on_without(&mut self, error: &state::Error) {
         let id = &self.stream.facts.response_id;
         tracing::error!(%error, response = id, "a response goes on without its journal");
         self.stuck = self.journal.take().map(|open| open.journal);
+        let why = "the response has lost its journal, and will not go on in another process";
+        self.unkept = Some(failed(StateError::STORE, why, Some(error)));
+        self.excuse();
         self.remove_stuck().await;
     }
 
