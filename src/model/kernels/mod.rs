@@ -45,7 +45,7 @@ pub use norm::layer_norm;
 pub use pages::Pages;
 pub use team::Team;
 pub use tiny_attention::tiny_attend;
-pub use weight::Weight;
+pub use weight::{Backing, Weight};
 pub use wkv1::{Curves, weigh1, wkv1};
 pub use wkv2::{Wkv2Params, wkv2};
 pub use wkv4::{Wkv4Params, Wkv4States, wkv4};
