@@ -42,7 +42,7 @@ pub use embed_attention::{Queries, Stretch, attend, mean_of, tanh_all};
 pub use kind::Kind;
 pub use matmul::{Panels, Product, Shape, matmul, multiply_all};
 pub use norm::layer_norm;
-pub use pages::Pages;
+pub use pages::{Pages, trim};
 pub use team::Team;
 pub use tiny_attention::tiny_attend;
 pub use weight::{Backing, Weight};
