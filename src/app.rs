@@ -225,14 +225,19 @@ fn load_model(
     let name = config.served_name();
     // Where no bar is seen, such as in a container, this is all that is heard of a long load.
     tracing::info!(model = name, files = files(config), "loading");
-    let opened = team.install(|| open(config, &|done, all| progress(&name, done, all)));
-    let opened = opened.and_then(|Opened { model, checkpoint }| {
+    let open = || {
+        let checkpoint = checkpoint(config)?;
         let text = tokenizer(config, &checkpoint).context("the tokenizer")?;
         let profile = profile(config, &*text)?;
+        // Making a tokenizer takes far more memory than it has in the end. That is not there beside the weights.
+        model::trim();
+        let model = team.install(|| load(config, &checkpoint, &|done, all| progress(&name, done, all)))?;
         let initial = initial_states(config, &model)?;
         Ok((model, text, profile, initial))
-    });
+    };
+    let opened: anyhow::Result<_> = open();
     let (model, text, profile, initial) = opened.with_context(|| format!("loading model `{name}`"))?;
+    model::trim();
     let d = model.description().clone();
     tracing::info!(model = name, generation = d.generation, weight_bytes = d.weight_bytes, "loaded");
     let seats = engine.seats;
@@ -288,10 +293,18 @@ pub struct Opened {
 /// Loads one model. `progress` hears (bytes of weights loaded, bytes in all).
 pub fn open(config: &config::Model, progress: &dyn Fn(usize, usize)) -> anyhow::Result<Opened> {
     let checkpoint = checkpoint(config)?;
+    let model = load(config, &checkpoint, progress)?;
+    Ok(Opened { model, checkpoint })
+}
+
+fn load(
+    config: &config::Model,
+    checkpoint: &Checkpoint,
+    progress: &dyn Fn(usize, usize),
+) -> anyhow::Result<model::Model> {
     let state = config.state.as_deref().map(Checkpoint::open).transpose()?;
-    let model =
-        model::load(&checkpoint, &LoadOptions { initial_state: state.as_ref(), quantise: config.quantize, progress });
-    Ok(Opened { model: model.with_context(|| files(config))?, checkpoint })
+    let options = LoadOptions { initial_state: state.as_ref(), quantise: config.quantize, progress };
+    model::load(checkpoint, &options).with_context(|| files(config))
 }
 
 /// The files a model is made of, for errors that name a tensor.

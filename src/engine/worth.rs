@@ -18,6 +18,8 @@ const MARGIN: f64 = 1.25;
 pub struct Costs {
     /// By tokens, in seconds; 0 = not known.
     seconds: [f64; MOST_TOKENS + 1],
+    /// Whether that of n tokens is known, in bit n - 1: looked for at every token.
+    known: u64,
 }
 
 /// The next step of a sequence that may run a draft.
@@ -36,7 +38,7 @@ pub struct Ahead {
 impl Costs {
     /// Nothing is known.
     pub fn new() -> Self {
-        Self { seconds: [0.0; MOST_TOKENS + 1] }
+        Self { seconds: [0.0; MOST_TOKENS + 1], known: 0 }
     }
 
     /// A step of `tokens` tokens, none of a prompt, took so long.
@@ -45,8 +47,9 @@ impl Costs {
         let most = self.of(tokens).map_or(f64::INFINITY, |expected| 2.0 * expected);
         let Some(known) = self.seconds.get_mut(tokens) else { return };
         let took = took.as_secs_f64().min(most);
-        if *known == 0.0 {
+        if *known == 0.0 && took > 0.0 {
             *known = took;
+            self.known |= tokens.checked_sub(1).map_or(0, |bit| 1 << bit);
         }
         // A processor that is taken away for a while says nothing of the model.
         *known += WEIGHT * (took.min(2.0 * *known) - *known);
@@ -79,20 +82,31 @@ impl Costs {
     /// What a step of so many tokens takes: as measured, or between its neighbours, or beyond the last as it grew until there,
     /// by the prior at least.
     pub fn of(&self, tokens: usize) -> Option<f64> {
-        let known = |n: &usize| self.seconds[*n] > 0.0;
         if tokens > MOST_TOKENS {
             return None;
         }
-        let below = (1..=tokens).rev().find(known)?;
+        let below = self.last_known(tokens)?;
         let shorter = self.seconds[below];
         let beyond = (tokens - below) as f64;
-        let Some(above) = (tokens..=MOST_TOKENS).find(known) else {
-            let before = (1..below).rev().find(known);
+        let Some(above) = self.first_known(tokens) else {
+            let before = self.last_known(below - 1);
             let slope = before.map_or(0.0, |n| (shorter - self.seconds[n]) / (below - n) as f64);
             return Some(shorter + beyond * slope.max(PRIOR * shorter / below as f64));
         };
         let part = if above > below { beyond / (above - below) as f64 } else { 0.0 };
         Some(shorter + part * (self.seconds[above] - shorter))
+    }
+
+    /// The largest number of tokens, up to so many, of which it is known.
+    fn last_known(&self, tokens: usize) -> Option<usize> {
+        let among = self.known & u64::MAX.checked_shr((MOST_TOKENS - tokens) as u32).unwrap_or(0);
+        (among > 0).then(|| among.ilog2() as usize + 1)
+    }
+
+    /// The smallest one from so many on.
+    fn first_known(&self, tokens: usize) -> Option<usize> {
+        let among = self.known >> (tokens - 1);
+        (among > 0).then(|| tokens + among.trailing_zeros() as usize)
     }
 }
 

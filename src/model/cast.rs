@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 
 use super::Error;
-use super::kernels::{Kind, Weight, parallel_chunks};
+use super::kernels::{Kind, Weight};
 
 /// What a tensor `name` becomes where `wanted` is asked for: itself, unless it is a large matrix. Where rows are not
 /// whole blocks something that fits, as in llama.cpp's quantiser.
@@ -36,7 +36,8 @@ pub fn cast<'a>(name: &str, weight: Weight<'a>, kind: Kind) -> Result<Weight<'a>
     let mut bytes = vec![0; kind.tensor_bytes(weight.shape()).ok_or_else(unfit)?];
     let failed = Mutex::new(None);
     // In parts, on all processors: so no more than the new values takes memory.
-    parallel_chunks(&mut bytes, CHUNK / kind.block() * kind.block_bytes(), |n, bytes| {
+    let of = |kind: Kind| CHUNK / kind.block() * kind.block_bytes();
+    weight.pack_into(&mut bytes, (of(kind), of(weight.kind())), |n, bytes| {
         let mut values = vec![0f32; bytes.len() / kind.block_bytes() * kind.block()];
         weight.unpack(n * CHUNK, &mut values);
         if let Err(error) = write(&values, kind, bytes) {

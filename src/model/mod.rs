@@ -37,7 +37,7 @@ mod workspace;
 
 pub use block::{Description, Model};
 pub use convert::{Conversion, Format};
-pub use kernels::{Kind, Team, stay_narrow};
+pub use kernels::{Kind, Team, stay_narrow, trim};
 pub use pool::Pool;
 pub use registry::{LoadOptions, load};
 pub use weights::{Checkpoint, Lora, TensorInfo};

@@ -1,7 +1,7 @@
 //! The states of all live sequences of one model.
 
 use super::Error;
-use super::kernels::Shared;
+use super::kernels::{Pages, Shared};
 use crate::types::{Row, Segment, SegmentData, SlotId};
 
 /// Slots of state: one buffer `[slots, …]` of f32 for each fixed segment, a growable one a slot for each log.
@@ -24,7 +24,7 @@ struct Values {
 #[derive(Debug)]
 enum Data {
     /// `[slots, width]`.
-    Fixed(Vec<f32>),
+    Fixed(Pages<f32>),
     /// For each slot `[entries, width]`.
     Log(Vec<Vec<f32>>),
 }
@@ -91,8 +91,7 @@ impl Pool {
                     let given = initial.iter().find(|s| s.name == *name);
                     let len = slots.checked_mul(width).filter(|&n| n < isize::MAX as usize / 4);
                     let len = len.ok_or(Error::Memory { slots, bytes })?;
-                    // `vec![0.0; n]` asks for zeroed pages, which stay unbacked until a slot is used.
-                    (given.map_or_else(|| vec![*init; width], |s| s.data.clone()), Data::Fixed(vec![0.0; len]))
+                    (given.map_or_else(|| vec![*init; width], |s| s.data.clone()), Data::Fixed(Pages::untouched(len)))
                 }
                 Segment::Log { .. } => (Vec::new(), Data::Log(vec![Vec::new(); slots])),
             };

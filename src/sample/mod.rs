@@ -3,6 +3,7 @@
 mod adjust;
 mod candidates;
 mod counts;
+mod weights;
 
 use crate::types::Sampling;
 use candidates::Candidates;
@@ -39,8 +40,7 @@ pub fn sample(logits: &mut [f32], params: &Sampling, counts: &Counts, tail: &[u3
     if params.temperature == 0.0 {
         return candidates::best(logits).ok_or(Error::NoToken);
     }
-    let mut candidates = Candidates::new(logits, params.temperature).ok_or(Error::NoToken)?;
-    candidates.top_k(params.top_k);
+    let mut candidates = Candidates::new(logits, params.temperature, params.top_k).ok_or(Error::NoToken)?;
     candidates.top_p(params.top_p);
     candidates.min_p(params.min_p);
     Ok(candidates.draw(coin))

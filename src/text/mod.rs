@@ -65,11 +65,7 @@ pub fn from_literals(literals: &[Vec<u8>]) -> Result<Arc<dyn Tokenizer>, Error> 
 pub fn is_world(text: &dyn Tokenizer) -> bool {
     /// A head has no more ids behind them; others need not unpack World to be told apart.
     const MOST: usize = 1 << 16;
-    let all = text.vocab_size();
-    text.is_greedy() && (65_530..=MOST).contains(&all) && {
-        let world = World::embedded();
-        (0..all as u32).all(|id| text.token_bytes(id) == world.token_bytes(id))
-    }
+    text.is_greedy() && (65_530..=MOST).contains(&text.vocab_size()) && World::is_embedded(text)
 }
 
 /// The inside of a Python bytes literal of these bytes, as [`from_literals`] reads it.

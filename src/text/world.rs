@@ -28,21 +28,22 @@ pub struct World {
 }
 
 impl World {
-    /// The embedded vocabulary; the first call unpacks it.
+    /// The embedded vocabulary; the first call makes it.
     pub fn embedded() -> Arc<World> {
         static WORLD: LazyLock<Arc<World>> = LazyLock::new(|| {
-            let mut packed = Vec::new();
-            DeflateDecoder::new(EMBEDDED).read_to_end(&mut packed).expect("the embedded vocabulary is whole");
-            let mut tokens: Vec<&[u8]> = vec![&[]];
-            let mut rest = packed.as_slice();
-            while let Some((&length, after)) = rest.split_first() {
-                let (token, after) = after.split_at(length.into());
-                tokens.push(token);
-                rest = after;
-            }
+            let packed = unpack();
+            let tokens: Vec<&[u8]> = tokens(&packed).collect();
             Arc::new(World::new(&tokens, "world").expect("the embedded vocabulary is sound"))
         });
         WORLD.clone()
+    }
+
+    /// Whether the tokens of a vocabulary are the embedded ones, perhaps with ids behind them that have no text. That one is not
+    /// made for it.
+    pub fn is_embedded(text: &dyn Tokenizer) -> bool {
+        let packed = unpack();
+        let tokens = tokens(&packed).chain(std::iter::repeat(&[][..]));
+        (0..text.vocab_size() as u32).zip(tokens).all(|(id, token)| text.token_bytes(id) == token)
     }
 
     /// Reads an `rwkv_vocab_*.txt` file; line ends may be LF or CRLF.
@@ -115,6 +116,25 @@ impl World {
     pub fn encode_bytes(&self, bytes: &[u8]) -> Vec<u32> {
         self.automaton.leftmost_find_iter(bytes).map(|token| token.value()).collect()
     }
+}
+
+/// The embedded tokens, from id 1 on, each after a byte that holds its length.
+fn unpack() -> Vec<u8> {
+    let mut packed = Vec::new();
+    DeflateDecoder::new(EMBEDDED).read_to_end(&mut packed).expect("the embedded vocabulary is whole");
+    packed
+}
+
+/// The tokens by id.
+fn tokens(packed: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = packed;
+    let next = std::iter::from_fn(move || {
+        let (&length, after) = rest.split_first()?;
+        let (token, after) = after.split_at(length.into());
+        rest = after;
+        Some(token)
+    });
+    std::iter::once(&[][..]).chain(next)
 }
 
 /// One line: an id below `limit`, a literal, its length.

@@ -17,7 +17,7 @@ use super::kind::Kind;
 use super::pages::Pages;
 use super::quants::Quants;
 use super::weight::Stored;
-use super::{Shared, Weight, dots, parallel, parallel_chunks, sparse, tile};
+use super::{Shared, Weight, dots, parallel, sparse, tile};
 
 /// Outputs side by side in a panel.
 pub const PANEL: usize = 32;
@@ -79,20 +79,26 @@ impl Panels {
     /// # Panics
     /// If the source is in blocks, whose values stand in rows: see [`Panels::pack_rows`].
     pub fn pack(source: &Weight, shape: Shape, at: impl Fn(usize, usize) -> usize + Sync) -> Self {
+        Self::pack_values(source, shape, 0, at)
+    }
+
+    /// The same where an output's values stand in so many bytes of their own, one output after the other.
+    fn pack_values(source: &Weight, shape: Shape, row: usize, at: impl Fn(usize, usize) -> usize + Sync) -> Self {
         let bytes = source.bytes();
+        let row = (source, row);
         let word = |at| f32::from_le(&bytes[4 * at..]);
         let whole = |exact: &dyn Fn(f32) -> bool| (0..source.len()).all(|at| exact(word(at)));
         let data = match source.kind() {
             // Where each is a narrower value, that is what a pass over them reads, and computes the same.
             Kind::F32 if whole(&|value| bf16::from_f32(value).to_f32() == value) => {
-                Data::BF16(pack(shape, |o, i| bf16::from_f32(word(at(o, i)))))
+                Data::BF16(pack(shape, row, |o, i| bf16::from_f32(word(at(o, i)))))
             }
             Kind::F32 if whole(&|value| f16::from_f32(value).to_f32() == value) => {
-                Data::F16(pack(shape, |o, i| f16::from_f32(word(at(o, i)))))
+                Data::F16(pack(shape, row, |o, i| f16::from_f32(word(at(o, i)))))
             }
-            Kind::F32 => Data::F32(pack(shape, |o, i| word(at(o, i)))),
-            Kind::F16 => Data::F16(pack(shape, |o, i| f16::from_le(&bytes[2 * at(o, i)..]))),
-            Kind::BF16 => Data::BF16(pack(shape, |o, i| bf16::from_le(&bytes[2 * at(o, i)..]))),
+            Kind::F32 => Data::F32(pack(shape, row, |o, i| word(at(o, i)))),
+            Kind::F16 => Data::F16(pack(shape, row, |o, i| f16::from_le(&bytes[2 * at(o, i)..]))),
+            Kind::BF16 => Data::BF16(pack(shape, row, |o, i| bf16::from_le(&bytes[2 * at(o, i)..]))),
             kind => panic!("{kind} can only be packed in rows"),
         };
         Self { shape, data }
@@ -102,9 +108,10 @@ impl Panels {
     pub fn pack_rows(source: &Weight, shape: Shape) -> Self {
         let kind = source.kind();
         if kind.block() == 1 {
-            return Self::pack(source, shape, |o, i| o * shape.inputs + i);
+            let row = shape.inputs * kind.block_bytes();
+            return Self::pack_values(source, shape, row, |o, i| o * shape.inputs + i);
         }
-        let quants = Quants::pack(kind, (shape.outputs, shape.inputs), source.bytes());
+        let quants = Quants::pack(source, (shape.outputs, shape.inputs));
         // Integers of four inputs stand together, hardly ever all for zeros.
         Self { shape: Shape { strip: PANEL, ..shape }, data: Data::Quants(quants) }
     }
@@ -123,10 +130,14 @@ impl Panels {
     }
 }
 
-fn pack<T: Stored>(shape: Shape, value: impl Fn(usize, usize) -> T + Sync) -> Pages<T> {
+fn pack<T: Stored>(
+    shape: Shape,
+    (source, row): (&Weight, usize),
+    value: impl Fn(usize, usize) -> T + Sync,
+) -> Pages<T> {
     let Shape { outputs, inputs, strip } = shape;
     let mut data = Pages::zeroed(outputs.div_ceil(strip) * inputs * strip);
-    parallel_chunks(&mut data, (inputs * strip).max(1), |n, data| {
+    source.pack_into(&mut data, ((inputs * strip).max(1), row * strip), |n, data| {
         for (input, data) in data.chunks_exact_mut(strip).enumerate() {
             let outputs = n * strip..outputs.min((n + 1) * strip);
             data.iter_mut().zip(outputs).for_each(|(to, output)| *to = value(output, input));

@@ -32,6 +32,19 @@ unsafe impl Plain for f16 {}
 // SAFETY: as above.
 unsafe impl Plain for bf16 {}
 
+/// Gives back what the allocator keeps of memory that was freed: after a model was loaded, some ten megabytes that nothing else
+/// will need.
+pub fn trim() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        // SAFETY: as the C library declares it; it may be called at any time.
+        unsafe extern "C" {
+            safe fn malloc_trim(pad: usize) -> std::ffi::c_int;
+        }
+        malloc_trim(0);
+    }
+}
+
 /// Values in such memory.
 #[derive(Debug)]
 pub struct Pages<T> {
@@ -68,9 +81,27 @@ impl<T: Plain> Pages<T> {
         let room = |chunk: &Arc<Chunk>| chunk.map.len() - open.1 >= size;
         let (chunk, at) = match open.0.upgrade().filter(room) {
             Some(chunk) => (chunk, open.1),
-            None => (Arc::new(Chunk::map(size.max(CHUNK)).unwrap_or_else(|_| handle_alloc_error(layout))), 0),
+            None => {
+                let chunk = Chunk::map(layout, size.max(CHUNK));
+                chunk.ask_for_huge_pages();
+                (chunk, 0)
+            }
         };
         *open = (Arc::downgrade(&chunk), at + size);
+        Self::within(chunk, at, len)
+    }
+
+    /// The same beside nothing else, in small pages: a page that is never written takes no memory, which an allocator does not
+    /// promise of what it zeroes.
+    ///
+    /// # Panics
+    /// As above.
+    pub fn untouched(len: usize) -> Self {
+        let layout = Layout::array::<T>(len).expect("memory has addresses for it");
+        Self::within(Chunk::map(layout, layout.size().max(LINE)), 0, len)
+    }
+
+    fn within(chunk: Arc<Chunk>, at: usize, len: usize) -> Self {
         let start = chunk.map.as_ptr().cast_mut();
         // SAFETY: inside the map, which begins at a page.
         let values = unsafe { NonNull::new_unchecked(start.add(at).cast()) };
@@ -79,13 +110,17 @@ impl<T: Plain> Pages<T> {
 }
 
 impl Chunk {
-    fn map(size: usize) -> std::io::Result<Self> {
-        let map = MmapMut::map_anon(size)?;
+    /// So many bytes, for values of this layout.
+    fn map(layout: Layout, size: usize) -> Arc<Self> {
+        let map = MmapMut::map_anon(size).unwrap_or_else(|_| handle_alloc_error(layout));
+        Arc::new(Self { map })
+    }
+
+    fn ask_for_huge_pages(&self) {
         #[cfg(target_os = "linux")]
-        if let Err(why) = map.advise(memmap2::Advice::HugePage) {
+        if let Err(why) = self.map.advise(memmap2::Advice::HugePage) {
             tracing::debug!(%why, "weights stand in small pages");
         }
-        Ok(Self { map })
     }
 }
 
@@ -125,6 +160,14 @@ mod tests {
         // Memory that others gave back is not given out again as it was.
         drop(all);
         assert!(Pages::<f32>::zeroed(2 * CHUNK / size_of::<f32>()).iter().all(|&value| value == 0.0));
+    }
+
+    #[test]
+    fn pages_that_nobody_wrote_are_zero() {
+        let mut sparse = Pages::<f32>::untouched(1 << 20);
+        sparse[12_345] = 1.0;
+        assert_eq!((sparse.len(), sparse.iter().sum::<f32>()), (1 << 20, 1.0));
+        assert!(Pages::<u8>::untouched(0).is_empty());
     }
 
     #[test]

@@ -5,12 +5,12 @@
 
 use std::marker::PhantomData;
 
+use super::Weight;
 use super::activations::Rounding;
 use super::blocks::from_f16;
 use super::kind::Kind;
 use super::matmul::PANEL;
 use super::pages::Pages;
-use super::parallel_chunks;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Dot, Vector};
 
@@ -163,14 +163,16 @@ impl Quants {
     }
 
     /// Packs the rows of `source`, blocks of ggml's.
-    pub fn pack(kind: Kind, (outputs, inputs): (usize, usize), source: &[u8]) -> Self {
+    pub fn pack(source: &Weight, (outputs, inputs): (usize, usize)) -> Self {
+        let kind = source.kind();
         let (blocks, size) = (inputs / kind.block(), Self::block_bytes(kind));
         let mut bytes = Pages::zeroed(outputs.div_ceil(PANEL) * blocks * size);
-        parallel_chunks(&mut bytes, (blocks * size).max(1), |panel, bytes| {
+        let panel = ((blocks * size).max(1), PANEL * blocks * kind.block_bytes());
+        source.pack_into(&mut bytes, panel, |panel, bytes| {
             for (n, bytes) in bytes.chunks_exact_mut(size).enumerate() {
                 for output in 0..PANEL.min(outputs - panel * PANEL) {
                     let at = (panel * PANEL + output) * blocks + n;
-                    let block = &source[at * kind.block_bytes()..][..kind.block_bytes()];
+                    let block = &source.bytes()[at * kind.block_bytes()..][..kind.block_bytes()];
                     Self::put(kind, &plain(kind, block), output, bytes);
                 }
             }

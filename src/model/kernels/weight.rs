@@ -1,6 +1,8 @@
 //! Weights in the type they are stored in.
 
 use std::borrow::Cow;
+use std::fmt;
+use std::ops::Range;
 
 use super::kind::Kind;
 use super::pages::Plain;
@@ -16,6 +18,30 @@ pub struct Weight<'a> {
     kind: Kind,
     shape: Vec<usize>,
     bytes: Cow<'a, [u8]>,
+    /// Of bytes that are borrowed.
+    source: Source<'a>,
+}
+
+/// What bytes are borrowed from and can be read from again.
+pub trait Backing: Sync {
+    /// Lets go of the memory behind some of them until then.
+    fn release(&self, bytes: &[u8]);
+}
+
+#[derive(Clone, Copy, Default)]
+struct Source<'a>(Option<&'a dyn Backing>);
+
+impl fmt::Debug for Source<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "backed" } else { "not backed" })
+    }
+}
+
+/// Where values are from makes no difference to them.
+impl PartialEq for Source<'_> {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 /// A storage type of single values.
@@ -92,12 +118,20 @@ impl Stored for bf16 {
 const CHUNK: usize = 1024;
 /// Elements that are hashed together, as one leaf.
 const LEAF: usize = 1 << 20;
+/// Bytes that are copied before the memory behind them is given back.
+const PART: usize = 4 << 20;
 
 impl<'a> Weight<'a> {
     /// A tensor of `shape` whose values are `bytes`; `None` unless there are exactly as many.
     pub fn new(kind: Kind, shape: &[usize], bytes: impl Into<Cow<'a, [u8]>>) -> Option<Self> {
         let bytes = bytes.into();
-        (kind.tensor_bytes(shape)? == bytes.len()).then(|| Self { kind, shape: shape.to_vec(), bytes })
+        let source = Source::default();
+        (kind.tensor_bytes(shape)? == bytes.len()).then(|| Self { kind, shape: shape.to_vec(), bytes, source })
+    }
+
+    /// The same, whose bytes are of this file or the like.
+    pub fn backed_by(self, source: &'a dyn Backing) -> Self {
+        Self { source: Source(Some(source)), ..self }
     }
 
     pub fn kind(&self) -> Kind {
@@ -117,13 +151,47 @@ impl<'a> Weight<'a> {
         self.shape.iter().product()
     }
 
+    /// A copy of its own, made of one part after the other: on the way it takes hardly more memory than one of both.
     pub fn into_owned(self) -> Weight<'static> {
-        Weight { bytes: Cow::Owned(self.bytes.into_owned()), ..self }
+        let copy = |bytes: &[u8]| {
+            let mut own = Vec::with_capacity(bytes.len());
+            for part in bytes.chunks(PART) {
+                own.extend_from_slice(part);
+                self.release(own.len() - part.len()..own.len());
+            }
+            own
+        };
+        let bytes = match &self.bytes {
+            Cow::Borrowed(bytes) => copy(bytes),
+            Cow::Owned(_) => self.bytes.into_owned(),
+        };
+        Weight { kind: self.kind, shape: self.shape, bytes: Cow::Owned(bytes), source: Source::default() }
+    }
+
+    /// Fills `packed`, each task so many of its values, which are made of so many of the tensor's bytes; in parts, as above.
+    pub fn pack_into<T: Send>(
+        &self,
+        packed: &mut [T],
+        (values, bytes): (usize, usize),
+        task: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        let tasks = (PART / bytes.max(1)).max(1);
+        for (n, part) in packed.chunks_mut(tasks * values).enumerate() {
+            parallel_chunks(part, values, |m, own| task(n * tasks + m, own));
+            self.release(n * tasks * bytes..self.bytes.len().min((n + 1) * tasks * bytes));
+        }
+    }
+
+    /// Lets go of the memory behind bytes that are not needed for now.
+    pub fn release(&self, range: Range<usize>) {
+        if let (Cow::Borrowed(bytes), Some(source)) = (&self.bytes, self.source.0) {
+            source.release(&bytes[range]);
+        }
     }
 
     /// The same values in another shape; `None` if that has another number of them, or cuts a block.
     pub fn reshaped(self, shape: &[usize]) -> Option<Self> {
-        Self::new(self.kind, shape, self.bytes)
+        Some(Self { source: self.source, ..Self::new(self.kind, shape, self.bytes)? })
     }
 
     /// The values as f32.
@@ -211,7 +279,7 @@ impl<'a> Weight<'a> {
             }
         }
         let shape = [outer, &[cols, rows]].concat();
-        Weight { kind: whole.kind, shape, bytes: Cow::Owned(bytes) }
+        Weight { kind: whole.kind, shape, bytes: Cow::Owned(bytes), source: Source::default() }
     }
 
     /// The part `index` of `parts` equal ones along the first axis, without it where it has the length 1 then.
@@ -225,7 +293,7 @@ impl<'a> Weight<'a> {
             Cow::Borrowed(bytes) => Cow::Borrowed(bytes.get(range)?),
             Cow::Owned(bytes) => Cow::Owned(bytes.get(range)?.to_vec()),
         };
-        Self::new(self.kind, &shape, bytes)
+        Some(Self { source: self.source, ..Self::new(self.kind, &shape, bytes)? })
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 
 use super::Error;
-use crate::model::kernels::Kind;
+use crate::model::kernels::{Backing, Kind};
 use crate::types::readable;
 
 /// Where a file keeps one tensor, under the file's own name for it. Readers have checked that the bytes are inside.
@@ -87,6 +87,17 @@ impl File {
                 unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
             // Advice that is not taken costs memory, nothing else.
             let _ = advised;
+        }
+    }
+}
+
+impl Backing for File {
+    fn release(&self, bytes: &[u8]) {
+        let inside = self.as_ptr_range();
+        let of = bytes.as_ptr_range();
+        if inside.contains(&of.start) && of.end <= inside.end {
+            let from = of.start.addr() - inside.start.addr();
+            File::release(self, from..from + bytes.len());
         }
     }
 }

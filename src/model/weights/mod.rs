@@ -207,7 +207,9 @@ impl Container {
 /// The values at a place, row by row.
 fn stored<'a>(file: &'a File, place: &Place) -> Option<Weight<'a>> {
     let bytes = file.get(place.bytes.clone())?;
-    let Some(strides) = &place.strides else { return Weight::new(place.kind, &place.shape, bytes) };
+    let Some(strides) = &place.strides else {
+        return Some(Weight::new(place.kind, &place.shape, bytes)?.backed_by(file));
+    };
     let size = place.kind.block_bytes();
     let mut values = Vec::with_capacity(place.kind.tensor_bytes(&place.shape)?);
     let mut at = vec![0usize; place.shape.len()];
