@@ -6,8 +6,8 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 
-use super::{Checkpoint, Error};
 use super::kernels::{Kind, Weight, parallel_chunks};
+use super::{Checkpoint, Error};
 
 /// What a tensor `name` becomes where `wanted` is asked for: itself, unless it is a large matrix. Where rows are not
 /// whole blocks something that fits, as in llama.cpp's quantiser.

@@ -134,7 +134,8 @@ impl Archive {
             let Some(last) = names.last() else { break };
             (after, seen) = (Some(last.clone()), seen + names.len());
             let sessions = names.into_iter().filter_map(|name| SessionId::parse(name).ok()).map(|session| {
-                let last = records.sessions.get(&session).and_then(|known| known.last()).map_or(0, |(number, _)| *number);
+                let last =
+                    records.sessions.get(&session).and_then(|known| known.last()).map_or(0, |(number, _)| *number);
                 (session, last)
             });
             let sessions: Vec<_> = sessions.collect();
@@ -142,11 +143,10 @@ impl Archive {
                 let numbers = self.numbers(tenant, &session, last).await?;
                 Ok::<_, Error>((session, numbers))
             });
-            let new: Vec<(SessionId, Vec<u64>)> =
-                stream::iter(looks).buffer_unordered(AT_ONCE).try_collect().await?;
-            let new = new.into_iter().flat_map(|(session, numbers)| {
-                numbers.into_iter().map(move |number| (session.clone(), number))
-            });
+            let new: Vec<(SessionId, Vec<u64>)> = stream::iter(looks).buffer_unordered(AT_ONCE).try_collect().await?;
+            let new = new
+                .into_iter()
+                .flat_map(|(session, numbers)| numbers.into_iter().map(move |number| (session.clone(), number)));
             let looks = new.take(room).map(|(session, number)| async move {
                 let made = self.made(tenant, &session, number).await?;
                 Ok::<_, Error>((session, number, made))
