@@ -237,7 +237,7 @@ impl World {
             }
             Op::Session(which, ask) => {
                 let id = session(which);
-                let start = || Start::Session { id: id.clone(), if_match: None };
+                let start = || Start::Session { id: id.clone(), if_match: None, begins: false };
                 let [with, without] = [0, 1].map(|side| self.sides[side].run(ask.turn(start())));
                 if self.compare(with.await, without.await).await {
                     self.heads[usize::from(which)] = Some(self.states.len() - 1);

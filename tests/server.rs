@@ -1,5 +1,7 @@
 //! The whole server with the embedded model, over HTTP: its laws, its errors, and what it survives.
 
+#[path = "server/beside.rs"]
+mod beside;
 #[path = "server/bodies.rs"]
 mod bodies;
 #[path = "server/branches.rs"]
@@ -24,6 +26,8 @@ mod faults;
 mod initial;
 #[path = "server/laws.rs"]
 mod laws;
+#[path = "server/left.rs"]
+mod left;
 #[path = "server/prefix.rs"]
 mod prefix;
 #[path = "server/process.rs"]

@@ -49,6 +49,8 @@ pub enum Error {
     ContentType(String),
     #[error("the body must be a state's file with the header `content-type: application/octet-stream`, not {0}")]
     BinaryType(String),
+    #[error("the body must be sent as it is, not with the header `content-encoding: {0}`")]
+    Encoding(String),
     #[error("the request ran into a defect of the server")]
     Panic,
     #[error("a model of this server has stopped; it must be started again")]
@@ -146,6 +148,7 @@ impl Error {
             Self::Method { .. } => Wire::new(405, "method_not_allowed"),
             Self::TooLarge { .. } => Wire::new(413, "request_too_large"),
             Self::ContentType(_) | Self::BinaryType(_) => Wire::new(415, "unsupported_media_type"),
+            Self::Encoding(_) => Wire::new(415, "unsupported_media_type").param(Some("content-encoding")),
             Self::Panic => Wire::new(500, "internal_error"),
             Self::Stopped => Wire::new(503, "engine_stopped"),
             Self::Renamed { param, error } => error.wire().param(Some(param)),

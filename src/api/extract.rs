@@ -28,6 +28,7 @@ impl FromRequest<Arc<App>> for JsonBody {
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Error> {
         check_content_type(request.headers())?;
+        check_encoding(request.headers())?;
         check_length(request.headers(), app.limits.body_bytes)?;
         let bytes = Bytes::from_request(request, app).await.map_err(|rejection| match rejection.status() {
             StatusCode::PAYLOAD_TOO_LARGE => Error::TooLarge { limit: app.limits.body_bytes },
@@ -107,6 +108,16 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Error> {
     let essence = text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     let json = essence == "application/json" || essence.starts_with("application/") && essence.ends_with("+json");
     if json { Ok(()) } else { Err(Error::ContentType(format!("`{essence}`"))) }
+}
+
+/// Refuses a body that is compressed: its size says nothing of what it becomes.
+pub(super) fn check_encoding(headers: &HeaderMap) -> Result<(), Error> {
+    let sent = headers.get_all(header::CONTENT_ENCODING).into_iter();
+    match sent.map(|sent| String::from_utf8_lossy(sent.as_bytes())).find(|sent| !sent.eq_ignore_ascii_case("identity"))
+    {
+        Some(encoding) => Err(Error::Encoding(encoding.into_owned())),
+        None => Ok(()),
+    }
 }
 
 /// Refuses a body that is announced as too large before any of it is sent.

@@ -1,6 +1,7 @@
 //! L4: the HTTP API. Requests become turns, events become replies; nothing here decides what a turn does.
 
 mod auth;
+mod beside;
 mod error;
 mod extract;
 mod health;
@@ -24,7 +25,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{HeaderName, Method, Uri, header};
-use axum::middleware::{from_fn, map_request};
+use axum::middleware::{from_fn, from_fn_with_state, map_request};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use tower_http::catch_panic::CatchPanicLayer;
@@ -183,8 +184,10 @@ pub fn openapi() -> OpenApi {
 pub fn router(app: App) -> Router {
     let limit = DefaultBodyLimit::max(app.limits.body_bytes);
     let (routes, document) = documented().split_for_parts();
+    let readable = Arc::new(beside::Readable::of(&document));
     let routes = routes
         .with_state(Arc::new(app))
+        .route_layer(from_fn_with_state(readable, beside::check))
         .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
         .fallback(async |uri: Uri| Error::NoRoute(uri.path().into()))
         .method_not_allowed_fallback(async |method: Method| Error::Method { method: method.to_string() })

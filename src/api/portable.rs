@@ -11,7 +11,7 @@ use futures::StreamExt;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::extract::{Name, Query, check_length};
+use super::extract::{Name, Query, check_encoding, check_length};
 use super::openai::ttl;
 use super::refusals::{Refusals, Unavailable};
 use super::states::{StateObject, state_id};
@@ -67,7 +67,7 @@ pub struct ImportQuery {
         (status = 200, description = "The new state", body = StateObject),
         (status = 409, description = "It is of weights that are not served here (`state_model_mismatch`)", body = ErrorBody),
         (status = 413, description = "The file is too large", body = ErrorBody),
-        (status = 415, description = "The body is not `application/octet-stream`", body = ErrorBody),
+        (status = 415, description = "The body is not `application/octet-stream`, or is compressed", body = ErrorBody),
         Refusals,
         Unavailable,
     ),
@@ -96,6 +96,7 @@ impl FromRequest<Arc<App>> for BinaryBody {
             let sent = if essence.is_empty() { "nothing".into() } else { format!("`{essence}`") };
             return Err(Error::BinaryType(sent));
         }
+        check_encoding(request.headers())?;
         let limit = app.limits.state_bytes;
         check_length(request.headers(), limit)?;
         let mut chunks = request.into_body().into_data_stream();

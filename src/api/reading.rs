@@ -76,10 +76,6 @@ impl ReadRequest {
             (None, _) => Start::Fresh,
             (Some(id), None) => Start::State(StateId::parse(id.as_str()).map_err(|_| Error::UnknownState(id))?),
         };
-        if head.if_match.is_some() {
-            let why = "`If-Match` is a condition on a session's head, and none is moved here";
-            return Err(Error::invalid("if-match", why));
-        }
         Ok(Turn {
             response_id: format!("read-{:032x}", head.id),
             input: input(self.prompt, self.messages)?,

@@ -46,7 +46,7 @@ pub enum Conflicts {
     /// `request_too_large`: the body has more bytes than the server takes.
     #[response(status = 413)]
     TooLarge(ErrorBody),
-    /// `unsupported_media_type`: the body is not JSON.
+    /// `unsupported_media_type`: the body is not JSON, or is compressed.
     #[response(status = 415)]
     ContentType(ErrorBody),
 }

@@ -201,20 +201,21 @@ pub async fn list_sessions(
     get,
     path = "/v1/sessions/{id}",
     tag = "sessions",
-    params(("id" = String, Path, description = "Name of a session")),
+    params(("id" = String, Path, description = "Name of a session, or id of a conversation, whose session it then is")),
     responses((status = 200, description = "The session", body = Session), Refusals),
 )]
 pub async fn show_session(State(app): State<Arc<App>>, caller: Caller, Name(id): Name) -> Result<Json<Session>, Error> {
     Ok(Json(app.sessions.session(&caller.tenant, &session_id(id)?).await?.into()))
 }
 
-/// Delete a session with its states, except those that others share. Refused with 409 while it runs a turn.
+/// Delete a session with its states, except those that others share. Refused with 409 while it runs a turn, and for the session of
+/// a conversation, which is deleted with that.
 #[utoipa::path(
     delete,
     path = "/v1/sessions/{id}",
     tag = "sessions",
     params(
-        ("id" = String, Path, description = "Name of a session"),
+        ("id" = String, Path, description = "Name of a session, or id of a conversation, whose session it then is"),
         ("if-match" = Option<String>, Header, description = "`\"<state id>\"`: only if that is its head"),
     ),
     responses(
@@ -256,7 +257,7 @@ pub struct TurnsQuery {
     get,
     path = "/v1/sessions/{id}/turns",
     tag = "sessions",
-    params(("id" = String, Path, description = "Name of a session"), TurnsQuery),
+    params(("id" = String, Path, description = "Name of a session, or id of a conversation, whose session it then is"), TurnsQuery),
     responses((status = 200, description = "One page", body = List<ListedTurn>), Refusals),
 )]
 pub async fn list_turns(
@@ -275,7 +276,7 @@ pub async fn list_turns(
 /// Where a session is to begin that forks another.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct ForkRequest {
-    /// Name of the new session.
+    /// Name of the new session; not a conversation's.
     #[schema(required = true)]
     to: Option<String>,
     /// A turn, by its number from 1 or by its state's id; left out, the head.
@@ -319,7 +320,7 @@ fn blame_point(error: impl Into<Error>) -> Error {
     path = "/v1/sessions/{id}/fork",
     tag = "sessions",
     params(
-        ("id" = String, Path, description = "Name of a session"),
+        ("id" = String, Path, description = "Name of a session, or id of a conversation, whose session it then is"),
         ("if-match" = Option<String>, Header, description = "`\"<state id>\"`: only if that is its head"),
     ),
     request_body = ForkRequest,
@@ -352,7 +353,7 @@ pub async fn fork_session(
     path = "/v1/sessions/{id}/rewind",
     tag = "sessions",
     params(
-        ("id" = String, Path, description = "Name of a session"),
+        ("id" = String, Path, description = "Name of a session, or id of a conversation, whose session it then is"),
         ("if-match" = Option<String>, Header, description = "`\"<state id>\"`: only if that is its head"),
     ),
     request_body = RewindRequest,

@@ -69,6 +69,15 @@ pub fn reply_pinging(
     frames(Feed::new(script, events, record), ping)
 }
 
+/// The number of the last frame that these events led to; `None` = there was none. A failure has no number.
+pub fn last_frame(mut script: impl Script, events: Vec<Event>) -> Option<u64> {
+    let mut frames = script.opening().len();
+    for event in events.into_iter().take_while(|event| !matches!(event, Event::Failed(_))) {
+        frames += script.tell(event).len();
+    }
+    (frames as u64).checked_sub(1)
+}
+
 fn frames<S: Script>(feed: Feed<S, impl Stream<Item = Event> + Send + Unpin + 'static>, ping: Duration) -> Response {
     let frames = futures::stream::unfold(feed, |mut feed| async move {
         let frame = feed.next().await?;

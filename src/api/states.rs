@@ -76,7 +76,7 @@ pub struct StatesQuery {
     limit: Option<usize>,
     /// Only what comes after this id; `last_id` of the page before.
     after: Option<String>,
-    /// Only states of this session.
+    /// Only states of this session, or of the one that a conversation of this id has now.
     session_id: Option<String>,
 }
 

@@ -65,12 +65,22 @@ pub async fn show_stream(
 ) -> Result<Response, Error> {
     let after = after(&id, &headers, query.starting_after)?;
     let running = app.sessions.listen(&caller.tenant, &id).await?;
-    resume(running, record, after).ok_or_else(|| session::Error::ResponseNotFound(id).into())
+    resume(&id, running, record, after)
 }
 
-/// Number of the last event that the client has.
-fn after(id: &str, headers: &HeaderMap, query: Option<u64>) -> Result<Option<u64>, Error> {
-    let Some(sent) = headers.get(LAST_EVENT_ID) else { return Ok(query) };
+/// What a client has of a stream.
+#[derive(Clone, Copy)]
+pub struct After {
+    /// Number of its last event.
+    pub number: u64,
+    /// What said so.
+    pub param: &'static str,
+}
+
+/// The last event that the client has.
+fn after(id: &str, headers: &HeaderMap, query: Option<u64>) -> Result<Option<After>, Error> {
+    let in_query = query.map(|number| After { number, param: "starting_after" });
+    let Some(sent) = headers.get(LAST_EVENT_ID) else { return Ok(in_query) };
     let wrong = |why: &str| Error::invalid(LAST_EVENT_ID, format!("`Last-Event-ID` {why}"));
     let sent = sent.to_str().map_err(|_| wrong("must be visible ASCII"))?;
     let (of, number) = sent.rsplit_once(':').ok_or_else(|| wrong("must be an event's id: RESPONSE:NUMBER"))?;
@@ -81,25 +91,45 @@ fn after(id: &str, headers: &HeaderMap, query: Option<u64>) -> Result<Option<u64
     if query.is_some_and(|query| query != number) {
         return Err(Error::invalid("starting_after", "`starting_after` and `Last-Event-ID` differ"));
     }
-    Ok(Some(number))
+    Ok(Some(After { number, param: LAST_EVENT_ID }))
 }
 
-/// Writes a response after the event of number `after`, as its endpoint does. `None` = no stream of it was kept.
-pub fn resume(running: Running, record: Record, after: Option<u64>) -> Option<Response> {
-    let form = Form::read(&running.facts.form)?;
-    record.goes_on(&running);
-    let opening = Opening::new(&running.facts);
+/// Writes a response after an event that the client has, as its endpoint does.
+///
+/// # Errors
+/// When no stream of it was kept, or that event was never sent.
+pub fn resume(id: &str, running: Running, record: Record, after: Option<After>) -> Result<Response, Error> {
+    let form = Form::read(&running.facts.form).ok_or_else(|| session::Error::ResponseNotFound(id.into()))?;
     let facts = running.facts.clone();
-    let events = Box::pin(events(running));
-    Some(match form {
+    let opening = || Opening::new(&facts);
+    match form {
         Form::Chat { include_usage } => {
-            sse::reply(Chunks::<ChatCompletion>::new(opening, include_usage), events, record, after)
+            go_on(|| Chunks::<ChatCompletion>::new(opening(), include_usage), running, record, after)
         }
         Form::Completion { include_usage } => {
-            sse::reply(Chunks::<TextCompletion>::new(opening, include_usage), events, record, after)
+            go_on(|| Chunks::<TextCompletion>::new(opening(), include_usage), running, record, after)
         }
-        Form::Response(ask) => sse::reply(Teller::new(facts, *ask), events, record, after),
-    })
+        Form::Response(ask) => go_on(|| Teller::new(facts.clone(), (*ask).clone()), running, record, after),
+    }
+}
+
+fn go_on<S: sse::Script>(
+    script: impl Fn() -> S,
+    running: Running,
+    record: Record,
+    after: Option<After>,
+) -> Result<Response, Error> {
+    if let Some(After { number, param }) = after {
+        let last = sse::last_frame(script(), running.so_far());
+        if last.is_none_or(|last| last < number) {
+            let id = &running.facts.response_id;
+            let there_is =
+                last.map_or("none was sent yet".into(), |last| format!("the last one there is is `{id}:{last}`"));
+            return Err(Error::invalid(param, format!("event {number} was never sent: {there_is}")));
+        }
+    }
+    record.goes_on(&running);
+    Ok(sse::reply(script(), Box::pin(events(running)), record, after.map(|after| after.number)))
 }
 
 #[cfg(test)]
@@ -111,7 +141,7 @@ mod tests {
         if let Some(header) = header {
             headers.insert(LAST_EVENT_ID, header.parse().expect("a header"));
         }
-        after("cmpl-1", &headers, query).map_err(|error| error.to_string())
+        after("cmpl-1", &headers, query).map(|after| after.map(|after| after.number)).map_err(|error| error.to_string())
     }
 
     #[test]

@@ -175,6 +175,20 @@ mod tests {
     }
 
     #[test]
+    fn what_can_be_one_of_several_says_which() {
+        for (toml, said) in [
+            ("[states]\nprecision = \"f8\"", "a precision is f32, f16 or int8, not `f8`"),
+            ("[engine]\nspeculation = \"x\"", "expected true, false, or the most tokens of a draft"),
+            ("[[model]]\nprofile = 5", "expected the name of a profile, or a table with all of one"),
+        ] {
+            let error = load(toml, &[], Flags::default()).expect_err(toml).to_string();
+            assert!(error.contains(said), "{error}");
+        }
+        let loaded = load("[states]\nprecision = \"int8\"", &[], Flags::default()).expect("valid");
+        assert_eq!(loaded.states.precision, crate::state::Precision::Int8);
+    }
+
+    #[test]
     fn speculation_is_a_switch_or_a_number() {
         let most = |toml: &str, environment: &[(&str, &str)]| {
             load(toml, environment, Flags::default()).expect("valid").engine.speculation.most()

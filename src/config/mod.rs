@@ -135,7 +135,7 @@ impl Default for Engine {
 
 /// `true`, `false`, or the most tokens of a draft.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected true, false, or the most tokens of a draft")]
 pub enum Drafts {
     Whether(bool),
     Most(usize),
@@ -218,7 +218,7 @@ pub struct InitialState {
 
 /// How a model talks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected the name of a profile, or a table with all of one")]
 pub enum ProfileChoice {
     Named(String),
     Own(Box<Profile>),

@@ -6,8 +6,8 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 
-use super::Error;
 use super::kernels::{Kind, Weight};
+use super::{Checkpoint, Error};
 
 /// What a tensor `name` becomes where `wanted` is asked for: itself, unless it is a large matrix. Where rows are not
 /// whole blocks something that fits, as in llama.cpp's quantiser.
@@ -19,6 +19,25 @@ pub fn becomes(name: &str, shape: &[usize], wanted: Kind) -> Option<Kind> {
 /// Whether a tensor is a linear layer, the embedding or the head: nearly all bytes, and the least sensitive ones.
 pub fn is_large_matrix(name: &str, shape: &[usize]) -> bool {
     name.ends_with(".weight") && matches!(shape, [rows, cols] if *rows > 1 && *cols > 1)
+}
+
+/// Refuses to make `wanted` of large matrices that are quantised already, in another way: what they have lost would be lost
+/// twice. Only what becomes a type that `holds` it may change.
+///
+/// # Errors
+/// [`Error::Convert`] names such a matrix, and what to do.
+pub fn quantised_once(checkpoint: &Checkpoint, wanted: Kind, holds: impl Fn(Kind) -> bool) -> Result<(), Error> {
+    for (name, info) in checkpoint.tensors() {
+        let becomes = becomes(name, &info.shape, wanted);
+        if let Some(kind) = becomes.filter(|&kind| info.kind.quantised() && kind != info.kind && !holds(kind)) {
+            let own = info.kind;
+            return Err(Error::Convert(format!(
+                "`{name}` is quantised already, as {own}; quantised once more, as {kind}, it would lose more than {kind} of \
+                 the original: begin from the original file, or leave this one as it is"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Values that are cast at a time: whole blocks of every kind.

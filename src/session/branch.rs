@@ -1,5 +1,7 @@
 //! Going back: a session forked at one of its turns, or rewound to it. No token is computed, no state is copied.
 
+use super::conversations::conversation_of;
+use super::plan::invalid;
 use super::{Error, SessionInfo, Sessions};
 use crate::state::{self, At, Commit, Entry, Forking, Head};
 use crate::telemetry::clock;
@@ -23,6 +25,10 @@ impl Sessions {
         to: &SessionId,
         branching: Branching,
     ) -> Result<SessionInfo, Error> {
+        if conversation_of(to).is_some() {
+            return invalid("to", &format!("`{to}` is a name of a conversation's session; take another"));
+        }
+        let id = &self.current(tenant, id).await?;
         let _turnstile = self.busy.enter(tenant, to, None)?;
         let (_, entry, turn) = self.branch(tenant, id, &branching).await?;
         let forking = Forking { from: id, head: &entry, turn: &turn, to };
@@ -36,6 +42,7 @@ impl Sessions {
 
     /// Moves the head of a session back, or to a turn that was taken back before. Not while it runs a turn.
     pub async fn rewind(&self, tenant: &Tenant, id: &SessionId, branching: Branching) -> Result<SessionInfo, Error> {
+        let id = &self.current(tenant, id).await?;
         self.hub.supersede(tenant, id).await;
         let _turnstile = self.busy.enter(tenant, id, None)?;
         let (head, _, turn) = self.branch(tenant, id, &branching).await?;
@@ -63,6 +70,11 @@ impl Sessions {
         let entry = head.live.clone().ok_or_else(|| Error::SessionNotFound(id.clone()))?;
         check_head(id, &head, if_match.as_ref())?;
         let at = at.clone().unwrap_or(At::Number(entry.depth));
+        if let At::State(state) = &at
+            && self.archive.is_deleted(tenant, state).await?
+        {
+            return Err(Error::StateNotFound(state.clone()));
+        }
         let found = self.archive.turn(tenant, id, &entry, &at).await?;
         let turn = found.ok_or_else(|| match at {
             At::State(state) => Error::StateNotFound(state),

@@ -2,16 +2,24 @@
 //!
 //! A conversation's turns are those of a session, whose state has read them. What else is done to it is in a journal: items
 //! that were added and that no turn has read yet, and every time that it has to be *read anew* (an item was deleted, the
-//! instructions changed): then another session takes its place, which all items are still to be read in.
+//! instructions changed): then another session takes its place, which all items are still to be read in, and the one that is
+//! left is deleted with its states.
+//!
+//! Wherever a session is named, a conversation's id means the session that has its next turn. Names of that form are the
+//! conversations' own: nobody else begins a session of such a name.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Sessions, Turn};
+use super::plan::invalid;
+use super::{Error, Input, Sessions, Start, Turn};
 use crate::state::{Entry, Journal, Put};
 use crate::telemetry::clock;
-use crate::types::{Finish, Role, SessionId, StateId, Tenant};
+use crate::types::{Finish, Message, Role, SessionId, StateId, Tenant};
+
+/// Names of sessions that are listed in one go.
+const PAGE: usize = 1024;
 
 /// One message of a conversation or of a response's input.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +88,14 @@ impl Conversation {
         &self.items[self.read..]
     }
 
+    /// The same as messages, after the instructions where the session has not begun.
+    pub fn waiting(&self) -> Vec<Message> {
+        let instructions = self.instructions.iter().filter(|_| self.head.is_none()).map(|text| (Role::System, text));
+        let unread = self.unread().iter().map(|item| (role(&item.role), &item.text));
+        let message = |(role, text): (Role, &String)| Message { role, content: text.clone(), name: None };
+        instructions.chain(unread).map(message).collect()
+    }
+
     /// The same as it will be when everything is read anew, after other instructions; and what a turn of it takes along, so
     /// that it becomes so.
     pub fn anew(self, instructions: Option<String>) -> (Self, Anew) {
@@ -115,28 +131,93 @@ impl Sessions {
 
     /// A conversation as it is now.
     pub async fn conversation(&self, tenant: &Tenant, id: &str) -> Result<Conversation, Error> {
-        let unknown = || Error::ConversationNotFound(id.into());
-        if !is_conversation(id) {
-            return Err(unknown());
-        }
-        let mut conversation = fold(id, self.changes(tenant, id).await?).ok_or_else(unknown)?;
+        let conversation = self.journalled(tenant, id).await?;
+        let mut conversation = conversation.ok_or_else(|| Error::ConversationNotFound(id.into()))?;
         let turns = self.archive.turns(tenant, &conversation.session, 0, usize::MAX).await;
         let turns = turns.map_err(|error| Error::from(error).of_conversation(id))?;
         apply(&mut conversation, turns.map(|turns| turns.data).unwrap_or_default());
         Ok(conversation)
     }
 
-    /// The journal of a conversation.
-    async fn changes(&self, tenant: &Tenant, id: &str) -> Result<Vec<Change>, Error> {
+    /// A conversation without its turns, or `None` if there is none of that id.
+    async fn journalled(&self, tenant: &Tenant, id: &str) -> Result<Option<Conversation>, Error> {
+        if !is_conversation(id) {
+            return Ok(None);
+        }
         let changes = self.archive.entries(&Journal::conversation(tenant, id)).await;
-        changes.map_err(|error| Error::from(error).of_conversation(id))
+        Ok(fold(id, changes.map_err(|error| Error::from(error).of_conversation(id))?))
+    }
+
+    /// The session that is meant by a name: by a conversation's id, the one that has its next turn.
+    ///
+    /// # Errors
+    /// [`Error::SessionNotFound`] for one that its conversation has left.
+    pub(super) async fn current(&self, tenant: &Tenant, name: &SessionId) -> Result<SessionId, Error> {
+        let Some(id) = conversation_of(name) else { return Ok(name.clone()) };
+        match self.journalled(tenant, id).await? {
+            Some(Conversation { session, .. }) if session == *name || name.as_str() == id => Ok(session),
+            Some(_) => Err(Error::SessionNotFound(name.clone())),
+            None => Ok(name.clone()),
+        }
+    }
+
+    /// Refuses to do to a conversation's session what would leave the conversation without it.
+    pub(super) async fn check_free(&self, tenant: &Tenant, name: &SessionId) -> Result<(), Error> {
+        match conversation_of(name) {
+            Some(id) if self.journalled(tenant, id).await?.is_some() => {
+                let why = format!(
+                    "`{name}` is the session of a conversation: delete that, with DELETE /v1/conversations/{id}, or single items of it"
+                );
+                invalid("session_id", &why)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A turn that names a conversation as its session goes on with what that is now: it reads first what waits there.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when it cannot, because it brings no messages.
+    pub async fn follow(&self, turn: Turn) -> Result<Turn, Error> {
+        let Start::Session { id: name, if_match, .. } = &turn.start else { return Ok(turn) };
+        let Some(id) = conversation_of(name) else { return Ok(turn) };
+        let unknown = || Error::SessionNotFound(name.clone());
+        let conversation = match self.conversation(&turn.tenant, id).await {
+            Err(Error::ConversationNotFound(_)) => return Err(unknown()),
+            conversation => conversation?,
+        };
+        if conversation.session != *name && name.as_str() != id {
+            return Err(unknown());
+        }
+        let mut waiting = conversation.waiting();
+        let Conversation { session: id, head, .. } = conversation;
+        if waiting.is_empty() {
+            return Ok(Turn { start: Start::Session { id, if_match: if_match.clone(), begins: false }, ..turn });
+        }
+        let Input::Chat(messages) = &turn.input else {
+            let why = format!(
+                "conversation `{name}` has items that are still to be read, which a prompt cannot: send `messages`, or use \
+                 POST /v1/responses"
+            );
+            return invalid("session_id", &why);
+        };
+        waiting.extend(messages.iter().cloned());
+        if waiting.last().is_some_and(|message| message.role == Role::Assistant) {
+            return invalid(
+                "messages",
+                "the conversation ends with the assistant's message: there is nothing to answer",
+            );
+        }
+        // What was put together is right for this head only.
+        let (if_match, begins) = (if_match.clone().or_else(|| head.clone()), head.is_none());
+        Ok(Turn { start: Start::Session { id, if_match, begins }, input: Input::Chat(waiting), ..turn })
     }
 
     /// Refuses a turn of a session that another one has taken the place of, as when an item was deleted a moment ago: the
     /// conversation would never show it. So it is with one that was to read anew what has changed since.
     pub(super) async fn check_current(&self, turn: &Turn, session: &SessionId) -> Result<(), Error> {
         let Some(id) = conversation_of(session) else { return Ok(()) };
-        let Some(now) = fold(id, self.changes(&turn.tenant, id).await?) else { return Ok(()) };
+        let now = self.journalled(&turn.tenant, id).await?.ok_or_else(|| Error::ConversationNotFound(id.into()))?;
         let is_current = match &turn.anew {
             None => now.session == *session,
             Some(anew) => now.session == anew.session && now.changes == anew.changes,
@@ -157,6 +238,21 @@ impl Sessions {
         if !stayed || self.archive.append(&Journal::conversation(tenant, id), changes, &change).await? == Put::Exists {
             return Err(Error::TurnConflict { session: session.clone(), state: None });
         }
+        if let Err(error) = self.remove_session(tenant, &session).await {
+            // The sweep comes by again.
+            tracing::warn!(%session, %error, "a session that its conversation has left could not be removed");
+        }
+        Ok(())
+    }
+
+    /// Removes a session that its conversation has left, where whoever left it was cut off before that.
+    pub(super) async fn remove_left(&self, tenant: &Tenant, session: &SessionId) -> Result<(), Error> {
+        let Some(id) = conversation_of(session) else { return Ok(()) };
+        let Ok(_turnstile) = self.busy.enter(tenant, session, None) else { return Ok(()) };
+        let now = self.journalled(tenant, id).await?;
+        if now.is_some_and(|now| number(session).is_some_and(|number| number < now.number)) {
+            self.remove_session(tenant, session).await?;
+        }
         Ok(())
     }
 
@@ -175,7 +271,7 @@ impl Sessions {
         self.change(tenant, id, |_| Ok(Change::Metadata(metadata.clone()))).await
     }
 
-    /// Removes an item; what is left is read anew by the next turn.
+    /// Removes an item, and with it the session whose states may have read it; what is left is read anew by the next turn.
     pub async fn remove_item(&self, tenant: &Tenant, id: &str, item: &str) -> Result<Conversation, Error> {
         let without = |conversation: &Conversation| {
             let mut items = conversation.items.clone();
@@ -190,24 +286,49 @@ impl Sessions {
 
     /// Ends a conversation and removes its sessions.
     pub async fn delete_conversation(&self, tenant: &Tenant, id: &str) -> Result<(), Error> {
-        let known = match self.conversation(tenant, id).await {
-            Ok(conversation) => conversation.number,
-            Err(Error::ConversationDamaged(..)) => 0,
-            Err(error) => return Err(error),
+        let now = async || match self.journalled(tenant, id).await {
+            Ok(None) => Err(Error::ConversationNotFound(id.into())),
+            Ok(Some(conversation)) => Ok(Some(conversation.session)),
+            Err(Error::ConversationDamaged(..)) => Ok(None),
+            Err(error) => Err(error),
         };
-        // A damaged journal does not tell how many there were: it is as many as follow one another.
-        let mut number = 0;
         loop {
-            match self.delete_session(tenant, &session(id, number), None).await {
-                Ok(()) => {}
-                Err(Error::SessionNotFound(_)) if number < known => {}
-                Err(Error::SessionNotFound(_)) => break,
-                Err(error) => return Err(error),
+            let current = now().await?;
+            // No turn of it begins before the journal is gone, and none after that.
+            let _turnstile = match &current {
+                Some(session) => {
+                    self.hub.supersede(tenant, session).await;
+                    Some(self.busy.enter(tenant, session, None)?)
+                }
+                None => None,
+            };
+            if now().await? != current {
+                continue;
             }
-            number += 1;
+            for session in self.sessions_of(tenant, id).await? {
+                let _turnstile = match Some(&session) == current.as_ref() {
+                    true => None,
+                    false => Some(self.busy.enter(tenant, &session, None)?),
+                };
+                self.remove_session(tenant, &session).await?;
+            }
+            return Ok(self.archive.erase(&Journal::conversation(tenant, id)).await?);
         }
-        self.archive.erase(&Journal::conversation(tenant, id)).await?;
-        Ok(())
+    }
+
+    /// All sessions that a conversation has or had.
+    async fn sessions_of(&self, tenant: &Tenant, id: &str) -> Result<Vec<SessionId>, Error> {
+        let (folder, prefix) = (format!("t/{tenant}/sessions"), format!("{id}."));
+        let (mut sessions, mut after) = (vec![session(id, 0)], prefix.clone());
+        loop {
+            let names = self.archive.names(&folder, Some(&after), PAGE).await?;
+            let ours = names.iter().take_while(|name| name.starts_with(&prefix)).count();
+            sessions.extend(names[..ours].iter().filter_map(|name| SessionId::parse(name.as_str()).ok()));
+            match names.into_iter().nth(PAGE - 1) {
+                Some(last) if ours == PAGE => after = last,
+                _ => return Ok(sessions),
+            }
+        }
     }
 
     /// Appends a change that is made from the conversation as it is; not while it runs a turn.
@@ -229,6 +350,9 @@ impl Sessions {
             }
             let change = make(&conversation)?;
             if self.archive.append(&journal, conversation.changes, &change).await? == Put::Created {
+                if let Change::Anew { .. } = change {
+                    self.remove_session(tenant, &session).await?;
+                }
                 return self.conversation(tenant, id).await;
             }
         }
@@ -290,7 +414,9 @@ fn apply(conversation: &mut Conversation, turns: Vec<Entry>) {
             items.push(StoredItem { id, role: name(message.role).into(), text: message.content, complete: true });
         }
         let complete = record.finish != Some(Finish::Length);
-        items.push(StoredItem { id: answer_id, role: "assistant".into(), text: record.answer, complete });
+        // A prompt without messages is what its answer begins with.
+        let text = record.text.unwrap_or_default() + &record.answer;
+        items.push(StoredItem { id: answer_id, role: "assistant".into(), text, complete });
         conversation.head = record.state;
     }
     conversation.read = items.len();
@@ -306,6 +432,11 @@ fn is_conversation(id: &str) -> bool {
 pub(super) fn conversation_of(session: &SessionId) -> Option<&str> {
     let name = session.as_str();
     Some(name.split_once('.').map_or(name, |(id, _)| id)).filter(|id| is_conversation(id))
+}
+
+/// Which of its conversation's sessions this is.
+fn number(session: &SessionId) -> Option<usize> {
+    session.as_str().split_once('.').map_or(Some(0), |(_, number)| number.parse().ok())
 }
 
 fn session(id: &str, number: usize) -> SessionId {

@@ -222,8 +222,6 @@ pub struct Sessions {
     stop: CancellationToken,
     busy: Busy,
     long_texts: plan::LongTexts,
-    /// Held while all sessions are looked through for a lost state.
-    searching: tokio::sync::Mutex<()>,
     hub: Arc<Hub>,
     /// What was read before; `None` = nothing is kept.
     prefix: Option<Arc<PrefixCache>>,
@@ -244,7 +242,6 @@ impl Sessions {
             stop: CancellationToken::new(),
             busy: Busy::default(),
             long_texts: plan::LongTexts::default(),
-            searching: tokio::sync::Mutex::default(),
             hub: Arc::new(Hub::new(StreamLimits::default(), false)),
             prefix: None,
         }

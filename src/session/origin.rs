@@ -44,8 +44,11 @@ impl Parent {
 impl Origin {
     /// Whether the session is where the turn expects it.
     pub fn check(&self, start: &Start) -> Result<(), Error> {
-        let Start::Session { id, if_match: Some(expected) } = start else { return Ok(()) };
-        self.check_head(id, Some(expected))
+        match start {
+            Start::Session { id, if_match: Some(expected), .. } => self.check_head(id, Some(expected)),
+            Start::Session { id, begins: true, .. } => self.check_head(id, None),
+            _ => Ok(()),
+        }
     }
 
     /// Whether a turn that an earlier process had begun from `parent` still begins there.

@@ -16,7 +16,11 @@ impl Sessions {
         page: Page,
     ) -> Result<Listing<StateInfo>, Error> {
         let after = page.after.map(|id| after(StateId::parse(id))).transpose()?;
-        let wanted = Wanted { session: session.cloned(), after, limit: page.limit };
+        let session = match session {
+            Some(name) => Some(self.current(tenant, name).await?),
+            None => None,
+        };
+        let wanted = Wanted { session, after, limit: page.limit };
         Ok(listing(self.archive.list(tenant, &wanted, clock::unix_seconds()).await?, state_info))
     }
 
@@ -97,20 +101,23 @@ impl Sessions {
         Ok(Listing { data, has_more })
     }
 
-    pub async fn session(&self, tenant: &Tenant, id: &SessionId) -> Result<SessionInfo, Error> {
-        let head = self.archive.head(tenant, id).await?.live;
-        head.and_then(|entry| session_info(id.clone(), entry)).ok_or_else(|| Error::SessionNotFound(id.clone()))
+    /// A session, or that of a conversation, by its name.
+    pub async fn session(&self, tenant: &Tenant, name: &SessionId) -> Result<SessionInfo, Error> {
+        let id = self.current(tenant, name).await?;
+        let head = self.archive.head(tenant, &id).await?.live;
+        head.and_then(|entry| session_info(id, entry)).ok_or_else(|| Error::SessionNotFound(name.clone()))
     }
 
     /// A session's turns, oldest first; `page.after` is the state id of one of them, or [`Turned::lost_id`] of a lost one.
-    pub async fn turns(&self, tenant: &Tenant, id: &SessionId, page: Page) -> Result<Listing<Turned>, Error> {
-        let not_found = || Error::SessionNotFound(id.clone());
+    pub async fn turns(&self, tenant: &Tenant, name: &SessionId, page: Page) -> Result<Listing<Turned>, Error> {
+        let not_found = || Error::SessionNotFound(name.clone());
+        let id = &self.current(tenant, name).await?;
         let after = match page.after {
             None => 0,
-            Some(name) => match name.strip_prefix(LOST).and_then(|number| number.parse().ok()) {
+            Some(last) => match last.strip_prefix(LOST).and_then(|number| number.parse().ok()) {
                 Some(number) => number,
                 None => {
-                    let state = after(StateId::parse(name))?;
+                    let state = after(StateId::parse(last))?;
                     let head = self.archive.head(tenant, id).await?.live.ok_or_else(not_found)?;
                     let turn = self.archive.turn(tenant, id, &head, &At::State(state.clone())).await?;
                     turn.ok_or(Error::StateNotFound(state))?.entry.depth
@@ -124,18 +131,26 @@ impl Sessions {
         Ok(listing(turns, turned))
     }
 
-    /// Ends a session at once and removes its states, but for those other sessions have. Not while it runs a turn.
+    /// Ends a session at once and removes its states, but for those other sessions have. Not while it runs a turn, and not in
+    /// a conversation's place.
     pub async fn delete_session(
         &self,
         tenant: &Tenant,
         id: &SessionId,
         if_match: Option<&StateId>,
     ) -> Result<(), Error> {
+        self.check_free(tenant, id).await?;
         self.hub.supersede(tenant, id).await;
         let _turnstile = self.busy.enter(tenant, id, None)?;
         if if_match.is_some() {
             check_head(id, &self.archive.readable_head(tenant, id).await?, if_match)?;
         }
+        let deleted = self.remove_session(tenant, id).await?;
+        if deleted { Ok(()) } else { Err(Error::SessionNotFound(id.clone())) }
+    }
+
+    /// The same of a session that runs no turn. Says whether there was one.
+    pub(super) async fn remove_session(&self, tenant: &Tenant, id: &SessionId) -> Result<bool, Error> {
         let forgotten = self.read_of(tenant, id).await?;
         let now = clock::unix_seconds();
         let deleted = self.archive.bury(tenant, id, now).await?;
@@ -151,7 +166,7 @@ impl Sessions {
         if let Some(prefix) = &self.prefix {
             prefix.forget(tenant, forgotten);
         }
-        if deleted { Ok(()) } else { Err(Error::SessionNotFound(id.clone())) }
+        Ok(deleted)
     }
 }
 

@@ -48,11 +48,7 @@ impl Sessions {
     ) -> Result<Option<(Origin, state::Turn)>, Error> {
         let origin = match self.archive.origin_of(tenant, id).await? {
             Some(origin) => Some(origin),
-            None => {
-                // One after the other: each may look at very many sessions.
-                let _alone = self.searching.lock().await;
-                self.archive.search(tenant, id, clock::unix_seconds()).await?
-            }
+            None => self.archive.search(tenant, id, clock::unix_seconds()).await?,
         };
         let Some(origin) = origin else { return Ok(None) };
         let turn = self.archive.turn_at(tenant, &origin.session, origin.record).await?;

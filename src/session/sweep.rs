@@ -147,6 +147,7 @@ impl Sessions {
             }
             Task::State(tenant, id) => self.sweep_state(&tenant, &id, now, swept).await?,
             Task::Session(tenant, id) => {
+                self.remove_left(&tenant, &id).await?;
                 let gone = self.archive.reclaim(&tenant, &id, now).await?;
                 let gone = gone.states + gone.records;
                 swept.buried += gone;

@@ -60,7 +60,13 @@ pub struct Delivery {
 pub enum Start {
     Fresh,
     State(StateId),
-    Session { id: SessionId, if_match: Option<StateId> },
+    Session {
+        id: SessionId,
+        if_match: Option<StateId>,
+        /// Only if it has no turn yet.
+        #[serde(default)]
+        begins: bool,
+    },
 }
 
 /// What is new in a turn.
@@ -145,6 +151,14 @@ impl Running {
             Source::Told(_) => true,
         };
         Self { facts, over, events }
+    }
+
+    /// All events so far, from the first.
+    pub fn so_far(&self) -> Vec<Event> {
+        match &self.events {
+            Source::Stream(reader) => reader.so_far(),
+            Source::Told(events) => events.iter().cloned().collect(),
+        }
     }
 
     /// The next event; `None` after the last choice is done or a failure was reported.

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use futures::stream::{self, StreamExt, TryStreamExt};
 
 use super::hints::Hints;
+use super::search::Known;
 use super::{Damaged, Error, Info, Put, Storage, Store, codec, header};
 use crate::types::{SessionId, Snapshot, StateId, Tenant};
 
@@ -16,6 +17,7 @@ pub struct Archive {
     pub(super) store: Arc<dyn Store>,
     storage: Storage,
     pub(super) hints: Arc<Hints>,
+    pub(super) known: Arc<Known>,
     /// Seconds: longer than any turn runs.
     pub(super) grace_s: u64,
 }
@@ -68,7 +70,7 @@ pub(super) const AT_ONCE: usize = 16;
 
 impl Archive {
     pub fn new(store: Arc<dyn Store>) -> Self {
-        Self { store, storage: Storage::default(), hints: Arc::default(), grace_s: GRACE_S }
+        Self { store, storage: Storage::default(), hints: Arc::default(), known: Arc::default(), grace_s: GRACE_S }
     }
 
     /// The same, but that states are written so from now on.

@@ -136,7 +136,8 @@ impl Archive {
         self.store.put_if_absent(&deleted(tenant, id), Bytes::new()).await.map(|_| ())
     }
 
-    pub(super) async fn is_deleted(&self, tenant: &Tenant, id: &StateId) -> Result<bool, Error> {
+    /// Whether a client deleted a state of a session that is still there.
+    pub async fn is_deleted(&self, tenant: &Tenant, id: &StateId) -> Result<bool, Error> {
         Ok(self.store.get_start(&deleted(tenant, id), 0).await?.is_some())
     }
 

@@ -21,7 +21,7 @@ pub struct Storage {
 /// What becomes of a state's f32 values when it is stored. All but [`F32`](Self::F32) lose something: what goes on from the
 /// state is then near what would have come, and no longer the same to the bit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "lowercase", try_from = "String")]
 pub enum Precision {
     /// Nothing.
     #[default]
@@ -31,6 +31,19 @@ pub enum Precision {
     /// About a quarter: matrix states in 8 bits with a scale for each head, all else, which is small, as with
     /// [`F16`](Self::F16).
     Int8,
+}
+
+impl TryFrom<String> for Precision {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        Ok(match &*name {
+            "f32" => Self::F32,
+            "f16" => Self::F16,
+            "int8" => Self::Int8,
+            _ => return Err(format!("a precision is f32, f16 or int8, not `{name}`")),
+        })
+    }
 }
 
 /// A segment's values as they are stored.

@@ -89,6 +89,23 @@ fn types_adapters_and_vocabularies() {
     convert(&kinds, &at("kinds.gguf"), &[]);
     assert_eq!(about(&at("kinds.gguf")), about(&kinds), "the vocabulary too");
 
+    // What is quantised is not quantised once more, but for what it has already; anything that is no block may come of it.
+    let (q8, names) = (at("q8.gguf"), || listing(folder.path()));
+    convert(&v7, &q8, &["--type", "q8_0"]);
+    let before = names();
+    for (from, to) in [(&q8, "q4_0"), (&q8, "q5_1"), (&kinds, "q8_0")] {
+        let error = run!("convert", from, at("twice.gguf"), "--type", to).error();
+        assert!(error.contains(".weight` is quantised already, as ") && error.contains("the original file"), "{error}");
+    }
+    assert_eq!(names(), before);
+    convert(&q8, &at("same.gguf"), &["--type", "q8_0"]);
+    assert_eq!(fingerprint(&at("same.gguf")), fingerprint(&q8));
+    for (kind, ending) in [("f16", "gguf"), ("bf16", "pth"), ("f32", "gguf")] {
+        let to = at(&format!("plain-{kind}.{ending}"));
+        convert(&q8, &to, &["--type", kind]);
+        assert!(types(&to).iter().all(|found| found != "q8_0"), "{kind}");
+    }
+
     // A merged adapter is the model with it.
     let case = case("v7_lora_bf16");
     let (model, lora) = (case.folder.join("model.safetensors"), case.folder.join("lora.safetensors"));

@@ -132,7 +132,7 @@ async fn it_takes_no_more_than_its_room_and_adopts_no_more_than_that() {
 
 /// A turn of 1,400 tokens in a session.
 fn said(session: &str, n: usize) -> Turn {
-    let start = Start::Session { id: SessionId::parse(session).expect("a name"), if_match: None };
+    let start = Start::Session { id: SessionId::parse(session).expect("a name"), if_match: None, begins: false };
     Turn { start, store: true, ..text(n) }
 }
 

@@ -150,8 +150,13 @@ async fn what_a_client_deletes_does_not_come_back_by_its_id() {
     assert_eq!(client.delete(&format!("/v1/states/{first}")).await.status, 200);
     assert_eq!(client.post(COMPLETIONS, by_id).await.code(), "state_not_found");
     assert_eq!(client.get(&format!("/v1/states/{first}")).await.code(), "state_not_found");
-    // It still is a turn of its session, whose log is the truth.
-    let back = client.ok("/v1/sessions/s/rewind", json!({"at": first})).await;
+    // It still is a turn of its session, whose log is the truth, but not by that id.
+    for (route, body) in [("rewind", json!({"at": first})), ("fork", json!({"at": first, "to": "f"}))] {
+        let refused = client.post(&format!("/v1/sessions/s/{route}"), body).await;
+        assert_eq!((refused.status, refused.code().as_str()), (404, "state_not_found"));
+        assert_eq!(refused.error()["param"], "at");
+    }
+    let back = client.ok("/v1/sessions/s/rewind", json!({"at": 1})).await;
     assert_eq!(back.json()["turn"], 1);
     say(&client, "s", &script()[1]).await;
 }

@@ -301,7 +301,7 @@ mod tests {
         let conditional = Head { if_match: Some(state.clone()), idempotency_key: Some("once".into()), ..head() };
         let body = json!({"prompt": "a", "session_id": "chat:1", "state_ttl_s": 9});
         let turn = lenient(|rules| order_with(&body, conditional.clone(), rules)).unwrap().turn;
-        assert_eq!(turn.start, Start::Session { id: session, if_match: Some(state.clone()) });
+        assert_eq!(turn.start, Start::Session { id: session, if_match: Some(state.clone()), begins: false });
         assert_eq!((turn.store, turn.ttl_s, turn.idempotency_key.as_deref()), (true, Some(9), Some("once")));
         // Elsewhere an idempotency key has no meaning, and a condition none that could hold.
         let key_only = Head { if_match: None, ..conditional.clone() };

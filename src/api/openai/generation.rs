@@ -65,7 +65,8 @@ pub struct Generation {
     pub stream_options: Option<StreamOptions>,
     /// Continue from this stored state; the prompt or messages then hold only what is new.
     pub state_id: Option<String>,
-    /// Continue from the head of this session, which is made when absent and moves to the new state on success.
+    /// Continue from the head of this session, which is made when absent and moves to the new state on success. A conversation's id
+    /// means the session that has its next turn.
     pub session_id: Option<String>,
     /// Store the state reached at the end. By default exactly when `state_id` or `session_id` is given.
     pub store_state: Option<bool>,
@@ -86,6 +87,7 @@ pub struct Generation {
 
 /// Options of a stream; refused without `stream: true`.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, ToSchema)]
+#[serde(expecting = "an object")]
 pub struct StreamOptions {
     /// Send one more chunk at the end, with `usage` and no choices; all other chunks then carry `"usage": null`.
     pub include_usage: Option<bool>,
@@ -229,7 +231,7 @@ impl Generation {
                 if self.choices() > 1 {
                     return Err(Error::invalid("session_id", "a session takes one answer a turn: `n` must be 1"));
                 }
-                Ok(Start::Session { id, if_match: head.if_match.clone() })
+                Ok(Start::Session { id, if_match: head.if_match.clone(), begins: false })
             }
         }
     }

@@ -42,10 +42,17 @@ pub fn if_match(headers: &HeaderMap) -> Result<Option<StateId>, Error> {
 }
 
 fn text_header(headers: &HeaderMap, name: &str) -> Result<Option<String>, Error> {
-    let refuse = || Error::invalid(name, format!("the header `{name}` must be 1 to 255 visible ASCII characters"));
-    let Some(value) = headers.get(name) else { return Ok(None) };
-    let text = value.to_str().map_err(|_| refuse())?;
-    if (1..=255).contains(&text.len()) { Ok(Some(text.into())) } else { Err(refuse()) }
+    let mut values = headers.get_all(name).into_iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    if values.next().is_some() {
+        return Err(Error::invalid(name, format!("the header `{name}` can be given once")));
+    }
+    let text = value.as_bytes();
+    if !(1..=255).contains(&text.len()) || !text.iter().all(u8::is_ascii_graphic) {
+        let why = format!("the header `{name}` must be 1 to 255 visible ASCII characters without spaces");
+        return Err(Error::invalid(name, why));
+    }
+    Ok(Some(String::from_utf8_lossy(text).into_owned()))
 }
 
 fn entity_tag(tag: &str) -> Result<StateId, Error> {

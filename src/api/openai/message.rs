@@ -16,6 +16,7 @@ const BETWEEN_PARTS: &str = "\n";
 
 /// One message of a chat.
 #[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
+#[serde(expecting = "a message, which is an object")]
 pub struct ChatMessage {
     /// `system` (or `developer`), `user`, `assistant`, `tool` (or `function`).
     pub role: String,
@@ -49,6 +50,7 @@ pub enum Content {
 
 /// One part of a content.
 #[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
+#[serde(expecting = "a part of a content, which is an object")]
 pub struct ContentPart {
     /// Only `text` is supported.
     #[serde(rename = "type")]

@@ -233,7 +233,8 @@ fn system_fingerprint(weights: &str) -> String {
 /// Runs an order and answers it, at once or as a stream. Dropping the future, or the stream, cancels the turn.
 pub async fn respond<S: Shape>(app: &Arc<App>, order: Order, record: Record) -> Result<Response, Error> {
     let names = own_names(&order.turn.start);
-    let running = app.sessions.start(order.turn).await.map_err(|error| Error::from(error).renamed(names))?;
+    let running = async { app.sessions.start(app.sessions.follow(order.turn).await?).await };
+    let running = running.await.map_err(|error| Error::from(error).renamed(names))?;
     record.begins(&running.facts);
     let opening = Opening::new(&running.facts);
     let events = Box::pin(events(running));

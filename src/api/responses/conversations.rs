@@ -12,7 +12,8 @@ use utoipa::ToSchema;
 
 use super::item::{self, Given, GivenItem};
 use super::reference::resolve;
-use super::{Item, ItemsQuery, items};
+use super::request::check_included;
+use super::{IncludeQuery, Item, ItemsQuery, items};
 use crate::api::extract::{JsonBody, Name, Names, Query};
 use crate::api::list::{Deleted, List};
 use crate::api::openai::{Ignored, metadata};
@@ -155,7 +156,7 @@ pub async fn update_conversation(
     Ok((ignored, Json(ConversationObject::new(id, conversation))))
 }
 
-/// Delete a conversation with its session. Refused with 409 while it runs a turn.
+/// Delete a conversation with its sessions. Refused with 409 while it runs a turn.
 #[utoipa::path(
     delete,
     path = "/v1/conversations/{conversation_id}",
@@ -195,7 +196,7 @@ pub async fn list_items(
     post,
     path = "/v1/conversations/{conversation_id}/items",
     tag = "responses",
-    params(("conversation_id" = String, Path, description = "Id of a conversation")),
+    params(("conversation_id" = String, Path, description = "Id of a conversation"), IncludeQuery),
     request_body = ItemsRequest,
     responses((status = 200, description = "What was added", body = List<Item>), Refusals),
 )]
@@ -203,8 +204,10 @@ pub async fn create_items(
     State(app): State<Arc<App>>,
     caller: Caller,
     Name(id): Name,
+    Query(query): Query<IncludeQuery>,
     body: JsonBody,
 ) -> Result<(Ignored, Json<List<Item>>), Error> {
+    check_included(query.include)?;
     let (ItemsRequest { items }, ignored) = read(&body)?;
     let given = items.unwrap_or_default();
     if given.is_empty() {
@@ -223,6 +226,7 @@ pub async fn create_items(
     params(
         ("conversation_id" = String, Path, description = "Id of a conversation"),
         ("item_id" = String, Path, description = "Id of one of its items"),
+        IncludeQuery,
     ),
     responses((status = 200, description = "The item", body = Item), Refusals),
 )]
@@ -230,13 +234,16 @@ pub async fn show_item(
     State(app): State<Arc<App>>,
     caller: Caller,
     Names(id, item): Names,
+    Query(query): Query<IncludeQuery>,
 ) -> Result<Json<Item>, Error> {
+    check_included(query.include)?;
     let conversation = app.sessions.conversation(&caller.tenant, &id).await?;
     let found = conversation.items.into_iter().find(|other| other.id == item);
     Ok(Json(found.ok_or(Error::UnknownItem(item))?.into()))
 }
 
-/// Delete an item of a conversation; what is left is read anew by its next response.
+/// Delete an item of a conversation, with the states that may have read it; what is left is read anew by its next response. A
+/// stored response keeps its own input and answer until it is deleted itself. Refused with 409 while the conversation runs a turn.
 #[utoipa::path(
     delete,
     path = "/v1/conversations/{conversation_id}/items/{item_id}",

@@ -13,7 +13,7 @@ use crate::types::{Message, Role};
 
 /// What a response is to answer: a text, or messages.
 #[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, or a list of messages")]
 pub enum Given {
     Text(String),
     #[schema(value_type = Vec<GivenItem>)]
@@ -22,6 +22,7 @@ pub enum Given {
 
 /// A message that a client gives.
 #[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
+#[serde(expecting = "a message, which is an object")]
 pub struct GivenItem {
     /// `message`, or `item_reference`: what has the same `id`, in the conversation or in any stored response, is meant, and
     /// only that `id` is given. Left out, it is a message unless there is nothing but an `id`.

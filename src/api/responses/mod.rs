@@ -18,7 +18,7 @@ use utoipa::IntoParams;
 pub use item::Item;
 pub use object::{Ask, ResponseObject, Teller};
 use place::{Begun, Stored, stored};
-use request::ResponseRequest;
+use request::{ResponseRequest, check_included};
 
 use super::extract::{JsonBody, Name, Query};
 use super::list::{Deleted, List, page};
@@ -28,7 +28,8 @@ use super::openai::{Head, Ignored};
 use super::record::Record;
 use super::refusals::{Conflicts, Refusals, Unavailable};
 use super::sse::{self, Script};
-use super::{App, Caller, Error, ErrorBody, streams};
+use super::streams::{self, After};
+use super::{App, Caller, Error, ErrorBody};
 use crate::session::{self, Listing, SoFar, StoredItem};
 use crate::types::Tenant;
 
@@ -115,7 +116,7 @@ pub struct ResponseQuery {
     starting_after: Option<u64>,
     /// Accepted and without effect: nothing is obfuscated.
     include_obfuscation: Option<bool>,
-    /// Accepted and without effect: an answer of text has nothing more to show.
+    /// What else to show; nothing of it exists here.
     #[serde(rename = "include[]", alias = "include")]
     include: Option<String>,
 }
@@ -144,12 +145,13 @@ pub async fn show_response(
     Name(id): Name,
     Query(query): Query<ResponseQuery>,
 ) -> Result<Response, Error> {
-    let ResponseQuery { stream, starting_after, include_obfuscation: _, include: _ } = query;
+    let ResponseQuery { stream, starting_after, include_obfuscation: _, include } = query;
+    check_included(include)?;
     if stream.unwrap_or(false) {
         stored(&app, &caller.tenant, &id).await?;
         let running = app.sessions.listen(&caller.tenant, &id).await?;
-        return streams::resume(running, record, starting_after)
-            .ok_or_else(|| session::Error::ResponseNotFound(id).into());
+        let after = starting_after.map(|number| After { number, param: "starting_after" });
+        return streams::resume(&id, running, record, after);
     }
     if starting_after.is_some() {
         return Err(Error::invalid("starting_after", "`starting_after` is only possible with `stream=true`"));
@@ -225,14 +227,25 @@ pub struct ItemsQuery {
     after: Option<String>,
     /// `asc` or `desc`; `desc` by default, the newest first.
     order: Option<String>,
-    /// Accepted and without effect: messages have nothing more to show.
+    /// What else to show; nothing of it exists here.
+    #[serde(rename = "include[]", alias = "include")]
+    include: Option<String>,
+}
+
+/// What else to show of items.
+#[derive(Debug, Default, PartialEq, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct IncludeQuery {
+    /// What else to show; nothing of it exists here.
     #[serde(rename = "include[]", alias = "include")]
     include: Option<String>,
 }
 
 /// One page of items, which are given oldest first.
 fn items(items: Vec<StoredItem>, query: ItemsQuery) -> Result<List<Item>, Error> {
-    let ItemsQuery { limit, after, order, include: _ } = query;
+    let ItemsQuery { limit, after, order, include } = query;
+    check_included(include)?;
     let page = page(limit, after)?;
     let mut items: Vec<Item> = items.into_iter().map(Item::from).collect();
     match order.as_deref() {

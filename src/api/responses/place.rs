@@ -8,11 +8,14 @@ use crate::api::openai::Head;
 use crate::api::openai::form::Form;
 use crate::api::openai::generation::{Generation, Order, Part};
 use crate::api::{App, Error};
-use crate::session::{self, Anew, Event, Input, ModelCard, Running, SoFar, StoredItem};
+use crate::session::{self, Anew, Event, Input, ModelCard, Running, SoFar, Start};
 use crate::types::{Finish, Message, Role, SessionId, StateId, Tenant};
 
 /// A chain of responses is followed no further.
 const LONGEST_CHAIN: usize = 10_000;
+
+/// How often a turn is put together once more because its conversation has changed meanwhile.
+const MOST_TRIES: usize = 8;
 
 /// A response that runs.
 pub struct Begun {
@@ -27,19 +30,16 @@ pub struct Begun {
 /// Finds where a response begins, and begins it. Nothing is written before all of the request is known to be right.
 pub async fn begin(app: &App, checked: Checked, head: Head, card: &ModelCard) -> Result<Begun, Error> {
     let Checked { generation, mut ask, items, ignored } = checked;
-    if head.if_match.is_some() {
-        return Err(Error::invalid("if-match", "`If-Match` has no meaning here: a conversation's head is not shown"));
-    }
     ask.items = resolve(app, &head.caller.tenant, ask.conversation.as_deref(), items).await?;
     if ask.items.last().is_some_and(|item| item.role == "assistant") {
         let why = "the last message is the assistant's: beginning the answer for it is not supported yet";
         return Err(Error::unsupported("input", why));
     }
-    let mut lost = false;
+    let (mut lost, mut tries) = (false, 0);
     loop {
         let mut ask = ask.clone();
         let place = place(app, &head.caller.tenant, &mut ask, lost).await?;
-        let from_state = place.state_id.is_some();
+        let (from_state, ask_again) = (place.state_id.is_some(), ask.conversation.is_some());
         let Order { turn, stream, ignored } = order(
             app,
             card,
@@ -49,6 +49,12 @@ pub async fn begin(app: &App, checked: Checked, head: Head, card: &ModelCard) ->
             Ok(running) => return Ok(Begun { running, ask, stream: stream.is_some(), ignored }),
             // Its messages are still there.
             Err(session::Error::StateNotFound(_) | session::Error::StateDamaged(..)) if from_state => lost = true,
+            // Another turn of the conversation came first, or an item went, since its messages were put together.
+            Err(session::Error::SessionConflict { .. } | session::Error::TurnConflict { .. })
+                if ask_again && tries < MOST_TRIES =>
+            {
+                tries += 1;
+            }
             Err(error) => return Err(error.into()),
         }
     }
@@ -65,7 +71,7 @@ struct Parts<'a> {
 
 fn order(app: &App, card: &ModelCard, parts: Parts) -> Result<Order, Error> {
     let Parts { mut generation, ask, head, place, ignored } = parts;
-    let Place { state_id, session_id, if_match, messages, anew } = place;
+    let Place { state_id, session_id, if_match, begins, messages, anew } = place;
     generation.store_state = session_id.is_none().then_some(ask.store);
     (generation.state_id, generation.session_id) = (state_id.map(String::from), session_id.map(String::from));
     let form = Form::Response(Box::new(ask.clone())).text();
@@ -73,6 +79,9 @@ fn order(app: &App, card: &ModelCard, parts: Parts) -> Result<Order, Error> {
     let part = Part { input: Input::Chat(messages), max_tokens, prefix: "resp_", ignored, form, keep };
     let mut order = generation.order(part, Head { if_match, ..head }, app.rules(card))?;
     order.turn.anew = anew;
+    if let Start::Session { begins: start, .. } = &mut order.turn.start {
+        *start = begins;
+    }
     Ok(order)
 }
 
@@ -83,6 +92,8 @@ struct Place {
     session_id: Option<SessionId>,
     /// The conversation's head when its messages were put together.
     if_match: Option<StateId>,
+    /// It had none.
+    begins: bool,
     messages: Vec<Message>,
     /// What becomes of the conversation before.
     anew: Option<Anew>,
@@ -154,7 +165,19 @@ async fn after(app: &App, tenant: &Tenant, ask: &mut Ask, (previous, lost): (&st
             return Ok(Place { state_id: Some(state), messages, ..Place::default() });
         }
     }
-    let mut all = transcript(app, tenant, before).await?;
+    let cut = |response: &str, gone: &str| {
+        let why = format!("response `{gone}`, after which `{response}` was made, is not there any more");
+        if same {
+            return Error::invalid(
+                "previous_response_id",
+                format!("{why}, and neither is the state after `{response}`"),
+            );
+        }
+        let hint =
+            "instructions can only change while the earlier text is there; leave them out to go on from the state";
+        Error::invalid("instructions", format!("{why}: {hint}"))
+    };
+    let mut all = transcript(app, tenant, before, cut).await?;
     all.extend(messages);
     if all.last().is_some_and(|message| message.role == Role::Assistant) {
         return refuse("has no state that could just go on; give some `input`");
@@ -163,7 +186,15 @@ async fn after(app: &App, tenant: &Tenant, ask: &mut Ask, (previous, lost): (&st
 }
 
 /// The messages of a chain of responses, the first one's first. What was before a response of a conversation is there.
-async fn transcript(app: &App, tenant: &Tenant, last: Stored) -> Result<Vec<Message>, Error> {
+///
+/// # Errors
+/// What `cut` says of a response and of the one before it, when that is not there any more.
+async fn transcript(
+    app: &App,
+    tenant: &Tenant,
+    last: Stored,
+    cut: impl Fn(&str, &str) -> Error,
+) -> Result<Vec<Message>, Error> {
     let mut turns = Vec::new();
     let mut next = Some(last);
     while let Some(Stored { id, ask, answer, .. }) = next {
@@ -180,7 +211,10 @@ async fn transcript(app: &App, tenant: &Tenant, last: Stored) -> Result<Vec<Mess
         }
         turns.push(messages);
         next = match ask.previous {
-            Some(id) => Some(stored(app, tenant, &id).await?),
+            Some(previous) => match stored(app, tenant, &previous).await {
+                Err(Error::Session(session::Error::ResponseNotFound(_))) => return Err(cut(&id, &previous)),
+                found => Some(found?),
+            },
             None => None,
         };
     }
@@ -213,20 +247,23 @@ async fn in_conversation(app: &App, tenant: &Tenant, ask: &mut Ask, id: &str) ->
         (now, None)
     };
     ask.effective.clone_from(&conversation.instructions);
-    let items: Vec<StoredItem> = conversation.unread().iter().chain(&ask.items).cloned().collect();
-    let mut messages = item::messages(&items);
-    if messages.last().is_some_and(|message| message.role == Role::Assistant) {
-        return Err(Error::unsupported(
-            "input",
-            "the conversation ends with the assistant's message: give some `input`",
-        ));
+    let begins = conversation.head.is_none();
+    if ask.items.is_empty() {
+        match conversation.unread().last() {
+            Some(item) if item.role == "assistant" => {
+                return Err(Error::unsupported(
+                    "input",
+                    "the conversation ends with the assistant's message: give some `input`",
+                ));
+            }
+            None if begins => {
+                return Err(Error::invalid("input", "`input` may be empty only when something goes on"));
+            }
+            _ => {}
+        }
     }
-    if messages.is_empty() && conversation.head.is_none() {
-        return Err(Error::invalid("input", "`input` may be empty only when something goes on"));
-    }
-    if conversation.head.is_none() {
-        messages = with_instructions(conversation.instructions.as_deref(), messages);
-    }
+    let mut messages = conversation.waiting();
+    messages.extend(item::messages(&ask.items));
     let (session_id, if_match) = (Some(conversation.session), conversation.head);
-    Ok(Place { session_id, if_match, messages, anew, state_id: None })
+    Ok(Place { session_id, if_match, begins, messages, anew, state_id: None })
 }

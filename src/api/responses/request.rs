@@ -35,7 +35,8 @@ pub struct ResponseFields {
     /// A text, or messages; what is new when something goes on.
     pub input: Option<Given>,
     /// A system message before everything, in the place of any earlier one. Together with `previous_response_id` or
-    /// `conversation`: the same or none goes on from the kept state; with others the stored messages are read anew behind them.
+    /// `conversation`: the same or none goes on from the kept state; with others the stored messages are read anew behind them, as
+    /// long as all of them are there, and the conversation's states of before are deleted.
     pub instructions: Option<String>,
     /// Go on from this stored response.
     pub previous_response_id: Option<String>,
@@ -215,6 +216,16 @@ fn refuse_others(generation: &Generation) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Refuses what a query of its own cannot have shown.
+pub fn check_included(include: Option<String>) -> Result<(), Error> {
+    match include.filter(|name| !INCLUDABLE.contains(&name.as_str())) {
+        None => Ok(()),
+        Some(name) => {
+            Err(Error::unsupported("include", format!("`include`: `{name}` is not supported by this server yet")))
+        }
+    }
 }
 
 fn check_include(include: &[String]) -> Result<(), Error> {

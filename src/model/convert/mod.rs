@@ -9,7 +9,7 @@ mod safetensors;
 
 use std::io::{Seek, Write};
 
-use super::cast::{becomes, cast, is_large_matrix};
+use super::cast::{becomes, cast, is_large_matrix, quantised_once};
 use super::weights::names::Op;
 use super::{Checkpoint, Error, Kind, TensorInfo, registry};
 
@@ -82,8 +82,11 @@ impl Conversion<'_> {
     /// Writes the checkpoint to `out`.
     ///
     /// # Errors
-    /// [`Error::Convert`] for what the format cannot hold; what is wrong with the checkpoint; [`Error::Write`].
+    /// [`Error::Convert`] for what the format cannot hold, and for what would be quantised twice; what is wrong with the checkpoint; [`Error::Write`].
     pub fn write(&self, out: &mut impl Out) -> Result<(), Error> {
+        if let Some(kind) = self.kind {
+            quantised_once(self.checkpoint, kind, |kind| !kind.quantised())?;
+        }
         match self.format {
             Format::Pth => pth::write(self, out),
             Format::Safetensors => safetensors::write(self, out),

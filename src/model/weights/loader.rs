@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Checkpoint, Error};
-use crate::model::cast::{becomes, cast};
+use crate::model::cast::{becomes, cast, quantised_once};
 use crate::model::kernels::{Kind, Weight};
 
 /// Takes a model's tensors out of a checkpoint by name and shape, and knows at the end which ones nobody took and what
@@ -37,16 +37,8 @@ impl<'a> Loader<'a> {
     /// [`Error::Convert`] when such a matrix is quantised already, in another way: what it has lost would be lost twice. Only f32
     /// holds all that blocks stand for.
     pub fn quantising(self, kind: Option<Kind>) -> Result<Self, Error> {
-        for (name, info) in self.checkpoint.tensors() {
-            let becomes = kind.and_then(|kind| becomes(name, &info.shape, kind));
-            if let Some(kind) = becomes.filter(|&kind| info.kind.quantised() && ![info.kind, Kind::F32].contains(&kind))
-            {
-                let own = info.kind;
-                return Err(Error::Convert(format!(
-                    "`{name}` is quantised already, as {own}; quantised once more, as {kind}, it would lose more than {kind} of \
-                     the original: take that, or leave this as it is"
-                )));
-            }
+        if let Some(kind) = kind {
+            quantised_once(self.checkpoint, kind, |kind| kind == Kind::F32)?;
         }
         Ok(Self { quantise: kind, ..self })
     }

@@ -246,6 +246,11 @@ impl Reader {
         self.stream.ended()
     }
 
+    /// All events so far, those that it has read too.
+    pub fn so_far(&self) -> Vec<Event> {
+        self.stream.so_far().0
+    }
+
     /// The next event; `None` at the end.
     pub async fn next(&mut self) -> Option<Event> {
         loop {
