@@ -4,7 +4,7 @@
 #   tests/bench/compare-llama.sh [SIZES] [TYPES]      default: 0.1B "f16 q8_0 q4_0 q4_k"
 #
 # SIZES: 0.1B, 0.4B, 1.5B. PAIRS (default 5) runs of each; THREADS (default: one for each processor). HTTP=1: compares
-# the servers too (over_http.py). AVX2=1: llama.cpp is built for AVX2 and nothing newer, whatever this machine has.
+# the servers too (over_http.py). AVX2=1: both use AVX2 and nothing newer, whatever this machine has (not the servers).
 # Needs a Rust toolchain, a C++ compiler, Python 3.9 or later with venv, and PyPI: llama.cpp is built from the source
 # inside llama-cpp-python's source distribution, tuned for this machine. Nothing else should run meanwhile: a disturbed
 # peer would flatter us. Everything is kept in target/compare-llama, so that a second run builds nothing again.
@@ -24,8 +24,10 @@ if [ ! -x "$python" ]; then
 fi
 build=$work/build
 tuned=(-DGGML_NATIVE=ON)
+narrow=
 if [ "${AVX2:-0}" = 1 ]; then
     build=$work/build-avx2
+    narrow=--avx2
     tuned=(-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON)
 fi
 targets=(llama-bench llama-batched-bench)
@@ -51,10 +53,10 @@ for size in $sizes; do
     for type in $types; do
         model=$work/$size-$type.gguf
         [ -f "$model" ] || "$rewake" convert "$work/$size.safetensors" "$model" --type "$type"
-        "$python" - "$rewake" "$llama" "$model" "$pairs" "$threads" "$size $type" <<'PY'
+        "$python" - "$rewake" "$llama" "$model" "$pairs" "$threads" "$size $type" $narrow <<'PY'
 import json, statistics, subprocess, sys
 
-rewake, llama, model, pairs, threads, title = sys.argv[1:]
+rewake, llama, model, pairs, threads, title, *narrow = sys.argv[1:]
 
 
 def output(*command):
@@ -62,7 +64,7 @@ def output(*command):
 
 
 def ours():
-    report = json.loads(output(rewake, "bench", model, "--json", "--runs", "1", "--tokens", "32", "--threads", threads))
+    report = json.loads(output(rewake, "bench", model, "--json", "--runs", "1", "--tokens", "32", "--threads", threads, *narrow))
     speeds = [line["tokens_per_second"]["median"] for line in report["measurements"]]
     return dict(zip(("prompt", "1", "16", "64"), speeds)), report
 
