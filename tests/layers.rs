@@ -36,7 +36,7 @@ const IMPURE: [&str; 10] =
 
 const CLOCK: &str = "telemetry/clock.rs";
 
-/// Kernels, those who drive them, and the memory map.
+/// Kernels (sampling has one), those who drive them, and the memory map.
 const UNSAFE: [&str; 5] =
     ["model/kernels/", "model/block.rs", "model/v7.rs", "model/weights/file.rs", "sample/weights.rs"];
 

@@ -18,7 +18,7 @@ const MARGIN: f64 = 1.25;
 pub struct Costs {
     /// By tokens, in seconds; 0 = not known.
     seconds: [f64; MOST_TOKENS + 1],
-    /// Whether that of n tokens is known, in bit n - 1: looked for at every token.
+    /// Whether that of n tokens is known, in bit n - 1 of as many: looked for at every token.
     known: u64,
 }
 
@@ -99,7 +99,7 @@ impl Costs {
 
     /// The largest number of tokens, up to so many, of which it is known.
     fn last_known(&self, tokens: usize) -> Option<usize> {
-        let among = self.known & u64::MAX.checked_shr((MOST_TOKENS - tokens) as u32).unwrap_or(0);
+        let among = self.known & u64::MAX.checked_shr(u64::BITS - tokens as u32).unwrap_or(0);
         (among > 0).then(|| among.ilog2() as usize + 1)
     }
 

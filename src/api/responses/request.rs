@@ -218,24 +218,20 @@ fn refuse_others(generation: &Generation) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuses what a query of its own cannot have shown.
+/// Refuses what a query cannot have shown.
 pub fn check_included(include: Option<String>) -> Result<(), Error> {
-    match include.filter(|name| !INCLUDABLE.contains(&name.as_str())) {
-        None => Ok(()),
-        Some(name) => {
-            Err(Error::unsupported("include", format!("`include`: `{name}` is not supported by this server yet")))
-        }
-    }
+    include.map_or(Ok(()), |name| check_includable("include", &name))
 }
 
 fn check_include(include: &[String]) -> Result<(), Error> {
-    match include.iter().position(|name| !INCLUDABLE.contains(&name.as_str())) {
-        None => Ok(()),
-        Some(at) => {
-            let message = format!("`include[{at}]`: `{}` is not supported by this server yet", include[at]);
-            Err(Error::unsupported(format!("include[{at}]"), message))
-        }
+    include.iter().enumerate().try_for_each(|(at, name)| check_includable(&format!("include[{at}]"), name))
+}
+
+fn check_includable(param: &str, name: &str) -> Result<(), Error> {
+    if INCLUDABLE.contains(&name) {
+        return Ok(());
     }
+    Err(Error::unsupported(param, format!("`{param}`: `{name}` is not supported by this server yet")))
 }
 
 /// The id of a conversation that is named by it, or by an object.

@@ -82,7 +82,8 @@ impl Conversion<'_> {
     /// Writes the checkpoint to `out`.
     ///
     /// # Errors
-    /// [`Error::Convert`] for what the format cannot hold, and for what would be quantised twice; what is wrong with the checkpoint; [`Error::Write`].
+    /// [`Error::Convert`] for what the format cannot hold, and for what would be quantised twice; what is wrong with the checkpoint;
+    /// [`Error::Write`].
     pub fn write(&self, out: &mut impl Out) -> Result<(), Error> {
         if let Some(kind) = self.kind {
             quantised_once(self.checkpoint, kind, |kind| !kind.quantised())?;

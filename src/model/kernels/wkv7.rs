@@ -95,13 +95,6 @@ pub fn wkv7_head<'a>(
     for t in 0..tokens {
         let (x, out) = token(t);
         prepare(&x, p, &mut step);
-        #[cfg(target_arch = "x86_64")]
-        if super::fused() && n.is_multiple_of(LANES) {
-            // SAFETY: the processor has the features.
-            unsafe { four_rows_step(&step, x.r, state, out) };
-            complete(&x, p, &step, out);
-            continue;
-        }
         rows_step(&step, x.r, state, out);
         complete(&x, p, &step, out);
     }
@@ -159,9 +152,18 @@ kernel! {
     }
 }
 
+/// Step 4 for a state `[value channel, key channel]`.
+fn rows_step(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if super::fused() && out.len().is_multiple_of(LANES) {
+        // SAFETY: the processor has the features.
+        return unsafe { four_rows_step(p, r, state, out) };
+    }
+    single_rows_step(p, r, state, out);
+}
+
 kernel! {
-    /// Step 4 for a state `[value channel, key channel]`.
-    fn rows_step(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
+    fn single_rows_step(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
         let n = out.len();
         let (remove, replace) = (&p.remove[..n], &p.replace[..n]);
         let (decay, key, value, r) = (&p.decay[..n], &p.key[..n], &p.value[..n], &r[..n]);
@@ -178,7 +180,7 @@ kernel! {
     }
 }
 
-/// The same with N a multiple of eight, four value channels at a time: while one waits for a sum, the others go on.
+/// [`rows_step`] with N a multiple of eight, four value channels at a time: while one waits for a sum, the others go on.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn four_rows_step(p: &Prepared, r: &[f32], state: &mut [f32], out: &mut [f32]) {
